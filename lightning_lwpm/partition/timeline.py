@@ -1,0 +1,60 @@
+"""The order in which a step calls its layers, and what lies between two calls.
+
+::
+
+    call        0          1          2          3
+            embedding | h.0.attn | h.0.mlp  |   head
+                      ^          ^          ^
+    boundary_bytes    1          2          3        bytes alive at the cut just before call i
+    allowed           1          2          3        may a stage begin at call i?
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of one layer within a step.
+
+    Args:
+        name: Dotted module name, as in ``named_modules()``.
+        occurrence: Counts the calls of this module within the step, from 0.
+        flops: Floating-point operations of the forward pass.
+        bytes_moved: Bytes that the operations of the forward pass write.
+        parameter_bytes: Bytes of the parameters first used in this call.
+        parameters: Number of (scalar) parameters first used in this call.
+    """
+
+    name: str
+    occurrence: int
+    flops: float
+    bytes_moved: float
+    parameter_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All layer calls of a step in execution order, with the cuts between them.
+
+    Args:
+        calls: The layer calls.
+        boundary_bytes: ``boundary_bytes[i]`` are the bytes alive at the cut just before call ``i``, for one sample
+            or micro-batch; as long as ``calls``, entry 0 (nothing lies before it) is unused and 0.
+        allowed: ``allowed[i]`` says whether a stage may begin at call ``i``; as long as ``calls``.
+
+    Raises:
+        ValueError: If the three lengths differ.
+    """
+
+    calls: tuple[LayerCall, ...]
+    boundary_bytes: tuple[int, ...]
+    allowed: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.calls), len(self.boundary_bytes), len(self.allowed)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"a timeline of {len(self.calls)} calls needs as many entries in boundary_bytes and allowed, "
+                f"got {len(self.boundary_bytes)} and {len(self.allowed)}"
+            )
