@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_lwpm.errors import LWPMError
+from lightning_lwpm.errors import ConfigurationError, LWPMError
 from lightning_lwpm.pipeline.schedule import Action, Latency, Table, delay, dependencies, unit
 
 
@@ -55,7 +55,9 @@ def simulate(
 
     Raises:
         Deadlock: If an action waits for one that never runs, or runs only after it.
+        ConfigurationError: If an action comes twice, or not on the rank of its stage.
     """
+    _check_table(table, placement)
     ends: dict[Action, float] = {}
     starts: dict[Action, float] = {}
     done = [0] * len(table)
@@ -88,6 +90,19 @@ def simulate(
     capacity = makespan * sum(1 for actions in table if actions)
     bubble = 1.0 - sum(busy) / capacity if capacity else 0.0
     return Simulation(makespan, busy, bubble, starts, tuple(_peaks(table, len(placement))))
+
+
+def _check_table(table: Table, placement: Sequence[int]) -> None:
+    seen: set[Action] = set()
+    for rank, actions in enumerate(table):
+        for action in actions:
+            if not 0 <= action.stage < len(placement) or placement[action.stage] != rank:
+                raise ConfigurationError(
+                    f"rank {rank} runs {action}, but the ranks of the stages are {list(placement)}"
+                )
+            if action in seen:
+                raise ConfigurationError(f"rank {rank} runs {action} twice")
+            seen.add(action)
 
 
 def _peaks(table: Table, num_stages: int) -> list[int]:
@@ -166,7 +181,9 @@ def rendezvous(
     Raises:
         Deadlock: If a rank would wait for ever, or the k-th send of a pair is not what its k-th receive expects
             (NCCL matches by order, not by tag).
+        ConfigurationError: If an action comes twice, or not on the rank of its stage.
     """
+    _check_table(table, placement)
     links = sorted(adjacent(len(placement)) if edges is None else set(edges))
     blocking = lookahead == 0
     sends = channels(table, placement, links)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.schedule import SCHEDULES, Action, Policy, build, forward_only, list_schedule, place, unit
 from lightning_lwpm.pipeline.simulate import Deadlock, Message, adjacent, channels, rendezvous, simulate
 
@@ -69,6 +70,20 @@ def test_kth_send_must_meet_kth_receive():
     with pytest.raises(Deadlock, match=r"message 0 from rank 1 to rank 0 is 0F0 for 1F0, .* expects 0F1 for 1F1"):
         rendezvous(swapped, place(2), lookahead=0)
     rendezvous(swapped, place(2))  # posted in the sender's order, both arrive
+
+
+@pytest.mark.parametrize("run", [simulate, rendezvous])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (table("1F0", "0F0 0F0"), "rank 1 runs 0F0 twice"),
+        (table("0F0", "1F0"), r"rank 0 runs 0F0, but the ranks of the stages are \[1, 0\]"),
+        (table("2F0"), "rank 0 runs 2F0"),
+    ],
+)
+def test_a_table_that_contradicts_itself(run, bad, message):
+    with pytest.raises(ConfigurationError, match=message):
+        run(bad, place(2))
 
 
 def test_channels_follow_the_senders_order():
