@@ -65,6 +65,11 @@ def test_a_prefix_with_the_worse_maximum_may_win():
     assert merge([3, 3, 1, 9], [0, 1, 0, 0], [True] * 4, 3) == [2, 3]
 
 
+def test_rounding_does_not_decide_a_tie():
+    # either cut makes a stage of 0.5, but in floating point the free one comes out slower by the last bit
+    assert merge([0.1, 0.3, 0.2], [0, 0, 0.1], [True] * 3, 2) == [1]
+
+
 def test_too_few_places_give_fewer_stages():
     assert merge([1, 1, 1], [0, 0, 0], [True, False, True], 8) == [2]
     assert merge([1, 1, 1], [0, 0, 0], [True, False, False], 8) == []
