@@ -1,0 +1,1 @@
+"""Complete Lightning projects that run on one device or on a pipeline without a change."""

@@ -1,0 +1,1 @@
+"""The LightningModules of the examples: ordinary ones, which know nothing of pipelines."""
