@@ -1,0 +1,1 @@
+"""What goes where: the costs of layers, and their merging into stages."""

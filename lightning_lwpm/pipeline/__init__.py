@@ -1,0 +1,1 @@
+"""When what runs: schedules, and their execution over ranks."""

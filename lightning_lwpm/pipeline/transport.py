@@ -1,0 +1,108 @@
+"""Tensors between ranks: receives posted ahead in the sender's order, sends reaped lazily, one group per direction.
+
+    rank 1 (stage 0)    --- down: activations --->    rank 0 (stage 1)
+                        <---- up: gradients ------
+
+A pending receive holds up only its own direction. Both ends take the order from the same table, so that the k-th send
+of a pair meets its k-th receive, as NCCL demands. Waiting in the process group cannot be broken off (not even by
+aborting the group), so threads wait there, and the main thread waits for the threads through the mailbox.
+"""
+
+import threading
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_lwpm.pipeline.mailbox import Mailbox
+
+__all__ = ["Receive", "Transport"]
+
+
+class Receive:
+    """A receive that has been posted."""
+
+    def __init__(self, mailbox: Mailbox, flat: Tensor) -> None:
+        self.mailbox, self.flat, self.done = mailbox, flat, threading.Event()
+        self.error: BaseException | None = None
+
+    def wait(self, what: str) -> Tensor:
+        """The bytes received, as a flat tensor on the host.
+
+        Raises:
+            PipelineError: if any rank failed meanwhile.
+        """
+        self.mailbox.wait(self.done, what)
+        if self.error is not None:
+            # the connection broke because a rank ended: its failure is on the way, and says more
+            threading.Event().wait(1.0)
+            self.mailbox.check()
+            raise self.error
+        return self.flat
+
+
+class Transport:
+    """Point-to-point messages of one rank.
+
+    Args:
+        mailbox: Where failures are heard.
+        groups: The process group of each direction, the same on all ranks.
+    """
+
+    def __init__(self, mailbox: Mailbox, groups: dict[str, Any]) -> None:
+        self.mailbox, self.groups = mailbox, groups
+        self._receives: dict[tuple[str, int], SimpleQueue[Any]] = {}
+        self._sends: SimpleQueue[Any] | None = None
+
+    def receive(self, direction: str, source: int, numel: int, dtype: torch.dtype) -> Receive:
+        """Post a receive; the k-th posted for a pair and direction gets the k-th sent."""
+        flat = torch.empty(numel, dtype=dtype)
+        receive = Receive(self.mailbox, flat)
+        if numel == 0:
+            receive.done.set()
+            return receive
+        work = dist.irecv(_bytes(flat), source, group=self.groups[direction])
+        key = (direction, source)
+        if key not in self._receives:
+            self._receives[key] = _start(f"lwpm-{direction}-{source}")
+        self._receives[key].put((work, receive))
+        return receive
+
+    def send(self, direction: str, target: int, flat: Tensor) -> None:
+        """Send a flat host tensor without waiting; it is kept alive until it has gone."""
+        if flat.numel() == 0:
+            return
+        work = dist.isend(_bytes(flat), target, group=self.groups[direction])
+        if self._sends is None:
+            self._sends = _start("lwpm-reaper")
+        self._sends.put((work, flat))
+
+    def close(self) -> None:
+        """End the waiting threads once all messages have gone."""
+        for queue in [*self._receives.values(), *([self._sends] if self._sends else [])]:
+            queue.put(None)
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.view(torch.uint8)  # every dtype travels: bool, bfloat16 and complex too
+
+
+def _start(name: str) -> "SimpleQueue[Any]":
+    queue: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_wait_for, args=(queue,), name=name, daemon=True).start()
+    return queue
+
+
+def _wait_for(queue: "SimpleQueue[Any]") -> None:
+    while (item := queue.get()) is not None:
+        work, holder = item
+        try:
+            work.wait()
+        except Exception as error:
+            if isinstance(holder, Receive):
+                holder.error = error
+        if isinstance(holder, Receive):
+            holder.done.set()
+        del item, work, holder

@@ -1,0 +1,68 @@
+"""Tensors as flat host memory and back, in the very same memory layout.
+
+The layout is kept because it decides which kernels run, and so the last bits of the result.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_lwpm.staging.remote import Meta
+
+__all__ = ["dense_stride", "from_wire", "to_wire"]
+
+
+@lru_cache(maxsize=4096)
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether each element has a place of its own and no place is left over."""
+    expected = 1
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def dense_stride(meta: Meta) -> tuple[int, ...]:
+    """The strides in which a tensor travels: its own if it is dense, else row by row."""
+    return meta.stride if _is_dense(meta.shape, meta.stride) else _contiguous(meta.shape)
+
+
+def to_wire(tensor: Tensor) -> Tensor:
+    """The elements of ``tensor`` as one flat host tensor, in order of memory; no copy where it is dense."""
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if _is_dense(tuple(tensor.shape), tensor.stride()):
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+    else:
+        flat = tensor.contiguous().view(-1)
+    return flat.to("cpu")
+
+
+def from_wire(flat: Tensor, meta: Meta, device: torch.device) -> Tensor:
+    """The inverse of :func:`to_wire`.
+
+    Args:
+        flat: The elements, in order of memory.
+        meta: Shape and strides of the result.
+        device: The stage's device; a tensor that its producer kept on the host stays there.
+    """
+    if not meta.on_host:
+        flat = flat.to(device)
+    dense = flat.as_strided(meta.shape, dense_stride(meta))
+    if dense.stride() == meta.stride or 0 in meta.stride:
+        return dense
+    return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=dense.device).copy_(dense)

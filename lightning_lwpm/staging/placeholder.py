@@ -1,0 +1,86 @@
+"""Placeholders: parameters and buffers that live on another rank: right shape, type and device, no storage."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lwpm.staging.tree import map_tensors
+
+__all__ = ["Placeholder", "is_placeholder", "placeholder_like"]
+
+
+class Placeholder(Tensor):
+    """A tensor without storage that optimizers, ``state_dict``, ``.to()``, ``nn.init`` and averaging pass over.
+
+    Whatever is computed from it is a placeholder too. Reading a value raises.
+    """
+
+    shell: Tensor  # the same tensor on the meta device
+
+    @staticmethod
+    def __new__(cls, shell: Tensor, device: torch.device) -> "Placeholder":
+        new = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shell.shape, strides=shell.stride(), dtype=shell.dtype, device=device, requires_grad=False
+        )
+        new.shell = shell.detach()
+        return new
+
+    def __init__(self, *_: Any) -> None: ...
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found: list[Placeholder] = []
+
+        def to_meta(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, Placeholder):
+                found.append(tensor)
+                return tensor.shell
+            return tensor.to("meta") if tensor.device.type != "meta" and tensor.dim() else tensor
+
+        meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the value of a parameter that lives on another rank of the pipeline was asked for")
+        device = meta_kwargs.get("device")
+        if device is not None:
+            meta_kwargs = {**meta_kwargs, "device": torch.device("meta")}
+        written = func._schema.is_mutable and args and isinstance(args[0], Tensor)
+        if written:
+            if not isinstance(args[0], Placeholder):
+                raise RuntimeError(f"{func} writes a parameter of another rank into a tensor of this one")
+            return args[0]
+        out = func(*meta_args, **meta_kwargs)
+        target = torch.device(device) if device is not None else found[0].device
+        return map_tensors(lambda tensor: Placeholder(tensor, target), out)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Placeholder({tuple(self.shape)}, {self.dtype}, device={self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Placeholder":
+        copy = placeholder_like(self)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = (tuple(self.shape), self.dtype, str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
+        return _rebuild, kind
+
+
+def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, parameter: bool, grad: bool) -> Tensor:
+    new = Placeholder(torch.empty(shape, dtype=dtype, device="meta"), torch.device(device))
+    return nn.Parameter(new, requires_grad=grad) if parameter else new
+
+
+def placeholder_like(tensor: Tensor, device: torch.device | None = None) -> Any:
+    """A placeholder of ``tensor``'s shape and type; a ``Parameter`` if it is one."""
+    shell = tensor.shell if isinstance(tensor, Placeholder) else torch.empty_like(tensor.detach(), device="meta")
+    new = Placeholder(shell, device or tensor.device)
+    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+def is_placeholder(value: Any) -> bool:
+    """Whether ``value`` stands for a tensor of another rank."""
+    return isinstance(value, Placeholder)

@@ -1,0 +1,75 @@
+"""Puts a rank's share of the weights on its device, and placeholders in the place of the rest."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
+
+__all__ = ["held", "named_tensors", "place", "share_table", "swap"]
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers by name, each once."""
+    yield from root.named_parameters()
+    yield from root.named_buffers()
+
+
+def held(stages: tuple[int, ...] | None, stage: int | None) -> bool:
+    """Whether a tensor used by ``stages`` lives on ``stage``; ``None``: it lives everywhere."""
+    return stages is None or stage in stages
+
+
+def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace parameters and buffers in every module that has them, so that ties stay ties.
+
+    Args:
+        root: The model.
+        change: From name and tensor to the tensor to put in its place.
+    """
+    memo: dict[int, Tensor] = {}
+    for name, tensor in named_tensors(root):
+        memo[id(tensor)] = change(name, tensor)
+    for module in root.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None:
+                    store[key] = memo[id(tensor)]  # type: ignore[assignment]
+
+
+def place(
+    root: nn.Module,
+    stages: Callable[[str], tuple[int, ...] | None],
+    stage: int | None,
+    fetch: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """Keep what ``stage`` uses and let go of the rest.
+
+    Args:
+        root: The model, whole or placed before.
+        stages: The stages that use a parameter or buffer; ``None`` for one that every rank keeps.
+        stage: This rank's stage; ``None`` for a rank that has none.
+        fetch: Gives the values of a tensor that this rank is to hold; by default they are the ones it has.
+    """
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if not held(stages(name), stage):
+            return tensor if is_placeholder(tensor) else placeholder_like(tensor)
+        values = fetch(name, tensor) if fetch is not None else tensor
+        if values is tensor:
+            return tensor
+        if not is_placeholder(tensor):
+            with torch.no_grad():
+                tensor.copy_(values)
+            return tensor
+        values = values.to(tensor.device, tensor.dtype)
+        return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+    swap(root, change)
+
+
+def share_table(root: nn.Module) -> tuple[int, int]:
+    """Parameters held here, and their bytes."""
+    real = [p for p in root.parameters() if not is_placeholder(p)]
+    return sum(p.numel() for p in real), sum(p.numel() * p.element_size() for p in real)

@@ -1,0 +1,333 @@
+"""The user's step, run for one stage: ghost before, real inside, exit after.
+
+    stage 1 of 3          layer 1    glue    layer 2     glue     layer 3
+    ------------------    -------    -----   --------    -----    -------
+    belongs to stage      0          0       1           1        2
+    is                    ghosted    ghosted run         run      StageExit
+    returns               Remote     Remote  a tensor    a tensor
+
+Glue is the code between layer calls. What a ghosted call returns is looked up in the records that the stage which
+ran it has published; so a ghost call is one look-up, and no layer is ever run on fake data.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
+from lightning_lwpm.staging.remote import Meta, Name, Remote, is_metadata, localise
+from lightning_lwpm.staging.tree import flatten, map_tensors, unflatten
+
+__all__ = ["Peers", "StageExit", "StagedStep"]
+
+
+class StageExit(BaseException):
+    """Leaves the user's step at the first layer call of a later stage. Not an ``Exception``: user code lets it pass."""
+
+
+class Peers(Protocol):
+    """What a staged step asks of the other stages."""
+
+    def record(self, stage: int, key: Key) -> Record:
+        """What the call ``key`` of an earlier stage returned."""
+
+    def value(self, remote: Remote) -> Tensor:
+        """The data of a remote tensor, joined to this stage's autograd graph."""
+
+
+# torch functions of which the result is another at each call: run by one stage, remote on all later ones
+_RANDOM = frozenset(
+    getattr(namespace, name)
+    for namespace, names in (
+        (torch, "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal poisson"),
+        (torch, "dropout alpha_dropout feature_dropout native_dropout rrelu"),
+        (torch.nn.functional, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"),
+        (torch.Tensor, "normal_ uniform_ bernoulli_ random_ exponential_ log_normal_ cauchy_ geometric_ bernoulli multinomial"),
+    )
+    for name in names.split()
+    if hasattr(namespace, name)
+)  # fmt: skip
+
+# torch functions that return Python values: a remote argument is fetched, so that every rank takes the same path
+_VALUES = frozenset(
+    [
+        *(
+            getattr(torch.Tensor, name)
+            for name in ["__bool__", "item", "__int__", "__float__", "__complex__", "__index__", "tolist", "numpy", "__contains__", "equal", "allclose", "is_nonzero", "__format__", "__array__", "__reversed__", "cpu_", "all_"]
+            if hasattr(torch.Tensor, name)
+        ),
+        torch.equal,
+        torch.allclose,
+        torch.is_nonzero,
+    ]
+)
+
+_HOOKS = frozenset(
+    [torch.Tensor.register_hook, torch.Tensor.retain_grad, torch.Tensor.register_post_accumulate_grad_hook]
+)
+_BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward])
+
+
+class StagedStep(TorchFunctionMode):
+    """One run of the user's step on one micro-batch, for one stage.
+
+    Args:
+        stage: The stage that this rank executes.
+        last: Whether it is the last one, which runs to the loss.
+        units: The units and their modules.
+        peers: Answers for the earlier stages.
+        device: The device of remote tensors.
+
+    Attributes:
+        retained: Everything that a later stage may ask for, by name.
+        trace: What each call of this stage returned.
+    """
+
+    def __init__(
+        self, stage: int, last: bool, units: Sequence[tuple[Unit, nn.Module]], peers: Peers, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.stage, self.last, self.units, self.peers, self.device = stage, last, units, peers, device
+        self.retained: dict[Name, Tensor] = {}
+        self.trace: Trace = {}
+        self.calls: dict[str, int] = {}
+        self.unit, self.occurrence, self.index, self.at = "", 0, 0, 0
+        self.inside = False
+        self.closed = False
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self, step: Callable[[], Any], seed: int | None = None) -> Any:
+        """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
+        with self._intercepted(), _python_random(seed):
+            try:
+                with self:
+                    return step()
+            except StageExit:
+                return None
+            finally:
+                self.inside = True  # whatever runs from now on (recomputation in backward) is not the step
+
+    @contextmanager
+    def _intercepted(self) -> Any:
+        """Intercept the units' calls; the modules are left as they were."""
+        absent = object()
+        saved = []
+        for unit, module in self.units:
+            saved.append((module, module.__dict__.get("forward", absent)))
+            module.__dict__["forward"] = _Intercept(self, unit, module.forward)
+        try:
+            yield
+        finally:
+            for module, forward in saved:
+                if forward is absent:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward
+
+    # -- layers --------------------------------------------------------------------------------------------------
+
+    def call(self, unit: Unit, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a unit's ``forward``, at the place where it belongs on the timeline."""
+        occurrence = self.calls.get(unit.name, 0)
+        self.calls[unit.name] = occurrence + 1
+        # a module called more often than planned goes on in the stage of its last planned call
+        stage = unit.stages[min(occurrence, len(unit.stages) - 1)]
+        if stage < self.at:
+            raise PipelineError(
+                f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
+                "its layers in another order than when it was partitioned. Name the layers that begin a stage in "
+                "`partition=[...]` so that those called in changing order share a stage."
+            )
+        if stage > self.stage:
+            raise StageExit
+        self.unit, self.occurrence, self.index, self.at = unit.name, occurrence, 0, stage
+        self.__exit__(None, None, None)  # inside a layer nothing is intercepted: it runs at full speed
+        self.inside = True
+        try:
+            if stage < self.stage:
+                arguments: list[Tensor] = []
+                flatten((args, kwargs), arguments)
+                return self._ghost((unit.name, occurrence, 0), arguments, None)
+            args, kwargs = map_tensors(localise, (args, kwargs))
+            return self._real((unit.name, occurrence, 0), forward, args, kwargs)
+        finally:
+            self.inside = False
+            self.__enter__()
+
+    # -- glue ----------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _BACKWARD:
+            raise PipelineError(
+                f"`{getattr(func, '__name__', func)}` inside the step: gradients inside a step that is cut into "
+                "stages are not supported; use `devices=1` or keep the layers it needs inside one module's forward"
+            )
+        if self.at == self.stage:
+            if Remote in types:
+                if func in _HOOKS and type(args[0]) is Remote:
+                    args = (args[0].materialise(), *args[1:])
+                args, kwargs = map_tensors(localise, (args, kwargs))
+            if self.last:
+                return func(*args, **kwargs)
+            self.index += 1
+            return self._real((self.unit, self.occurrence, self.index), func, args, kwargs)
+        self.index += 1
+        key = (self.unit, self.occurrence, self.index)
+        arguments: list[Tensor] = []
+        flatten((args, kwargs), arguments)
+        remote = False
+        for tensor in arguments:
+            kind = type(tensor)
+            if kind is Remote or kind is Placeholder or isinstance(tensor, nn.Parameter | Placeholder):
+                remote = True
+                break
+        if not remote and func not in _RANDOM:
+            return func(*args, **kwargs)
+        if func in _VALUES:
+            args, kwargs = map_tensors(localise, (args, kwargs))
+            return func(*args, **kwargs)
+        if func in _HOOKS:
+            return _NoHandle()
+        return self._ghost(key, arguments, lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs)))
+
+    # -- real and ghost ------------------------------------------------------------------------------------------
+
+    def _real(self, key: Key, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a call of this stage and note what it returned and changed."""
+        if self.last:
+            return func(*args, **kwargs)
+        arguments: list[Tensor] = []
+        flatten((args, kwargs), arguments)
+        versions = [version(tensor) for tensor in arguments]
+        out = func(*args, **kwargs)
+        record, tensors = observe(out, arguments, versions)
+        self.trace[key] = record
+        for i, tensor in enumerate(tensors):
+            self.retained[Name(*key, i)] = tensor
+        for i, _ in record.mutated:
+            self.retained[Name(*key, -1 - i)] = arguments[i]
+        return out
+
+    def _ghost(self, key: Key, arguments: list[Tensor], replay: Callable[[], Any] | None) -> Any:
+        """Return the like of what an earlier stage's call returned."""
+        record = self.peers.record(self.at, key)
+        for i, meta in record.mutated:
+            changed = arguments[i]
+            if type(changed) is not Remote:
+                if replay is not None and not isinstance(changed, Placeholder | nn.Parameter):
+                    return replay()  # a local tensor is written: it needs the values
+                continue
+            if changed.base is None:
+                changed.label, changed.stage, changed.local = Name(*key, -1 - i), self.at, None
+                changed.meta = meta
+        out: list[Any] = []
+        for i, leaf in enumerate(record.leaves):
+            if leaf.same >= 0:
+                out.append(arguments[leaf.same])
+                continue
+            new = Remote(leaf.meta, self.device, Name(*key, i), self.at, self)
+            if leaf.view >= 0 and type(arguments[leaf.view]) is Remote:
+                if replay is None:
+                    new.shared = True
+                else:
+                    new.base, new.replay = arguments[leaf.view], _Replay(replay, i)  # type: ignore[assignment]
+            out.append(new)
+        return unflatten(record.spec, iter(out))
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def materialise(self, remote: Remote) -> Tensor:
+        """Fetch a remote tensor, or make it again as a view of a fetched one."""
+        if self.closed:
+            raise PipelineError(
+                f"a tensor of stage {remote.stage} ({remote!r}) is used after its micro-batch has ended: a step may "
+                "not keep tensors of other stages for later steps; keep a value made in the step's own code instead"
+            )
+        entered = not self.inside
+        if entered:
+            self.inside = True
+        try:
+            with torch._C.DisableTorchFunction():
+                if remote.base is not None and remote.replay is not None:
+                    remote.base.materialise()
+                    return remote.replay()
+                return self.peers.value(remote)
+        finally:
+            if entered:
+                self.inside = False
+
+    def close(self) -> None:
+        """The micro-batch is over: nothing can be fetched any more."""
+        self.closed = True
+
+
+class _Replay:
+    """Makes the i-th tensor of a view function's result from materialised arguments."""
+
+    def __init__(self, function: Callable[[], Any], leaf: int) -> None:
+        self.function, self.leaf = function, leaf
+
+    def __call__(self) -> Tensor:
+        out: list[Tensor] = []
+        flatten(self.function(), out)
+        return out[self.leaf]
+
+
+class _Intercept:
+    """Stands in for a unit's ``forward`` while a step runs."""
+
+    def __init__(self, step: StagedStep, unit: Unit, forward: Callable[..., Any]) -> None:
+        self.step, self.unit, self.forward = step, unit, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.step.inside:
+            return self.forward(*args, **kwargs)
+        return self.step.call(self.unit, self.forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.forward
+
+
+class _NoHandle:
+    """The handle of a hook that was registered on another stage's tensor."""
+
+    def remove(self) -> None:
+        """Nothing to remove here."""
+
+
+@contextmanager
+def _python_random(seed: int | None) -> Any:
+    """Python's and NumPy's generators, seeded alike on all ranks for one micro-batch and restored after it."""
+    if seed is None:
+        yield
+        return
+    numpy = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def batch_leaf(meta: Meta, index: int, device: torch.device, owner: Any) -> Remote:
+    """A leaf of the batch that this rank has not been given."""
+    return Remote(meta, device, Name("batch", 0, 0, index), -1, owner)

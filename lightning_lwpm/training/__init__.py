@@ -1,0 +1,1 @@
+"""What Lightning expects around the pipeline: data, logging, metrics, gradients, precision."""

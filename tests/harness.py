@@ -1,0 +1,131 @@
+"""Runs a step under the pipeline's engine without Lightning, and the same on one device, to compare."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_lwpm.partition.apply import make_layout
+from lightning_lwpm.partition.plan import make_plan
+from lightning_lwpm.partition.probe import probe
+from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.schedule import place as place_stages
+from lightning_lwpm.pipeline.transport import Transport
+from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.placement import place
+
+Step = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Transport | None]:
+    """The connections of one rank."""
+    if world == 1:
+        return Mailbox(0, 1, lambda value: [value]), None
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * world
+        dist.all_gather_object(values, value)
+        return values
+
+    mailbox = Mailbox(rank, world, gather, patience=patience)
+    return mailbox, Transport(mailbox, {direction: dist.new_group() for direction in ("down", "up")})
+
+
+def engine(
+    rank: int, world: int, model: nn.Module, step: Step, sample: Any, partition: Any = "auto", schedule: str = "1f1b"
+) -> Engine:
+    """An engine for ``model`` over ``world`` ranks, which all build the same model."""
+    mailbox, transport = connect(rank, world)
+    seen = probe(model, lambda: step(model, sample))
+    plan = make_plan(seen.timeline, world, partition, place_stages)
+    layout = make_layout(model, seen, plan)
+    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule)
+    place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stage)
+    return built
+
+
+def train_pipelined(
+    rank: int,
+    world: int,
+    build: Callable[[], nn.Module],
+    step: Step,
+    batches: list[Any],
+    num_microbatches: int = 4,
+    schedule: str = "1f1b",
+    partition: Any = "auto",
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+) -> dict[str, Any]:
+    """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
+    torch.manual_seed(0)
+    model = build()
+    sample = Batch.of(batches[0], num_microbatches).microbatch(0)
+    run = engine(rank, world, model, step, sample, partition, schedule)
+    optim = optimizer(model.parameters()) if optimizer else None
+    losses: list[list[float]] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for value in batches:
+        batch = Batch.of(value, num_microbatches)
+        weights = batch.weights
+        if rank != 0:
+            batch.leaves = batch.lean(set())  # large leaves are fetched where they are used
+        whole = Batch.of(value, num_microbatches)
+        for parameter in model.parameters():
+            parameter.grad = None
+        outputs = run.train(
+            batch,
+            lambda micro, _: step(model, micro),
+            lambda out, i, weights=weights: (out * weights[i]).backward(),
+            lambda index, whole=whole: whole.leaves[index],
+        )
+        losses.append([float(out.detach()) for out in outputs] if run.last else [])
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        if optim:
+            optim.step()
+    held = {n: p.detach().clone() for n, p in model.named_parameters() if type(p.detach()) is torch.Tensor}
+    buffers = {n: b.clone() for n, b in model.named_buffers() if type(b) is torch.Tensor}
+    run.mailbox.gather("end", None)
+    run.mailbox.close()
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": held,
+        "buffers": buffers,
+        "layout": run.layout,
+        "stage": run.stage,
+    }
+
+
+def train_single(
+    build: Callable[[], nn.Module],
+    step: Step,
+    batches: list[Any],
+    num_microbatches: int = 4,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+) -> dict[str, Any]:
+    """The reference: one device that accumulates the same micro-batches."""
+    torch.manual_seed(0)
+    model = build()
+    optim = optimizer(model.parameters()) if optimizer else None
+    losses = []
+    for value in batches:
+        batch = Batch.of(copy.deepcopy(value), num_microbatches)
+        model.zero_grad()
+        losses.append([])
+        for i, weight in enumerate(batch.weights):
+            loss = step(model, batch.microbatch(i))
+            (loss * weight).backward()
+            losses[-1].append(float(loss.detach()))
+        if optim:
+            optim.step()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": {n: p.detach() for n, p in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
+    }
