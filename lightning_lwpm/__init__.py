@@ -1,1 +1,13 @@
-"""Layer-wise model parallelism for PyTorch Lightning: unchanged model, exact result."""
+"""Layer-wise model parallelism for PyTorch Lightning: unchanged model, exact result.
+
+Importing it registers the strategy names, so that ``Trainer(strategy="lwpm", devices=4)`` works.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
+from lightning_lwpm.strategy import LWPMStrategy
+
+__all__ = ["ConfigurationError", "LWPMError", "LWPMStrategy", "PipelineError"]
+
+LWPMStrategy.register_strategies(StrategyRegistry)

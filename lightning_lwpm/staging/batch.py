@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.remote import Meta, Name, Remote
 from lightning_lwpm.staging.tree import flatten, unflatten
 
@@ -29,6 +30,7 @@ class Batch:
 
     def __init__(self, spec: Any, leaves: list[Tensor | Meta], num_microbatches: int) -> None:
         self.spec, self.leaves = spec, leaves
+        self.absent: dict[int, Tensor] = {}  # the placeholders that stood for leaves this rank was not given
         self.samples = next((_shape(leaf)[0] for leaf in leaves if _shape(leaf)), None)
         count = 1 if self.samples is None else max(1, min(num_microbatches, self.samples))
         total = self.samples or count
@@ -39,7 +41,11 @@ class Batch:
     def of(cls, value: Any, num_microbatches: int) -> "Batch":
         """Make a batch of what the data loader gave."""
         leaves: list[Any] = []
-        return cls(flatten(value, leaves), leaves, num_microbatches)
+        spec = flatten(value, leaves)
+        absent = {i: leaf for i, leaf in enumerate(leaves) if is_placeholder(leaf)}
+        batch = cls(spec, [Meta.of(leaf) if i in absent else leaf for i, leaf in enumerate(leaves)], num_microbatches)
+        batch.absent = absent
+        return batch
 
     def __len__(self) -> int:
         return len(self.sizes)

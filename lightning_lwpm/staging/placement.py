@@ -21,12 +21,15 @@ def held(stages: tuple[int, ...] | None, stage: int | None) -> bool:
     return stages is None or stage in stages
 
 
-def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> dict[int, Tensor]:
     """Replace parameters and buffers in every module that has them, so that ties stay ties.
 
     Args:
         root: The model.
         change: From name and tensor to the tensor to put in its place.
+
+    Returns:
+        By the ``id`` of each tensor that was there, the one that is in its place now.
     """
     memo: dict[int, Tensor] = {}
     for name, tensor in named_tensors(root):
@@ -36,6 +39,7 @@ def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
             for key, tensor in store.items():
                 if tensor is not None:
                     store[key] = memo[id(tensor)]  # type: ignore[assignment]
+    return memo
 
 
 def place(
@@ -43,7 +47,7 @@ def place(
     stages: Callable[[str], tuple[int, ...] | None],
     stage: int | None,
     fetch: Callable[[str, Tensor], Tensor] | None = None,
-) -> None:
+) -> dict[int, Tensor]:
     """Keep what ``stage`` uses and let go of the rest.
 
     Args:
@@ -51,6 +55,9 @@ def place(
         stages: The stages that use a parameter or buffer; ``None`` for one that every rank keeps.
         stage: This rank's stage; ``None`` for a rank that has none.
         fetch: Gives the values of a tensor that this rank is to hold; by default they are the ones it has.
+
+    Returns:
+        By the ``id`` of each tensor that was there, the one that is in its place now.
     """
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def place(
         values = values.to(tensor.device, tensor.dtype)
         return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
-    swap(root, change)
+    return swap(root, change)
 
 
 def share_table(root: nn.Module) -> tuple[int, int]:

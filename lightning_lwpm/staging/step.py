@@ -10,8 +10,6 @@ Glue is the code between layer calls. What a ghosted call returns is looked up i
 ran it has published; so a ghost call is one look-up, and no layer is ever run on fake data.
 """
 
-import random
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -23,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
 from lightning_lwpm.staging.remote import Meta, Name, Remote, is_metadata, localise
 from lightning_lwpm.staging.tree import flatten, map_tensors, unflatten
@@ -42,39 +41,6 @@ class Peers(Protocol):
 
     def value(self, remote: Remote) -> Tensor:
         """The data of a remote tensor, joined to this stage's autograd graph."""
-
-
-# torch functions of which the result is another at each call: run by one stage, remote on all later ones
-_RANDOM = frozenset(
-    getattr(namespace, name)
-    for namespace, names in (
-        (torch, "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal poisson"),
-        (torch, "dropout alpha_dropout feature_dropout native_dropout rrelu"),
-        (torch.nn.functional, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu gumbel_softmax"),
-        (torch.Tensor, "normal_ uniform_ bernoulli_ random_ exponential_ log_normal_ cauchy_ geometric_ bernoulli multinomial"),
-    )
-    for name in names.split()
-    if hasattr(namespace, name)
-)  # fmt: skip
-
-# torch functions that return Python values: a remote argument is fetched, so that every rank takes the same path
-_VALUES = frozenset(
-    [
-        *(
-            getattr(torch.Tensor, name)
-            for name in ["__bool__", "item", "__int__", "__float__", "__complex__", "__index__", "tolist", "numpy", "__contains__", "equal", "allclose", "is_nonzero", "__format__", "__array__", "__reversed__", "cpu_", "all_"]
-            if hasattr(torch.Tensor, name)
-        ),
-        torch.equal,
-        torch.allclose,
-        torch.is_nonzero,
-    ]
-)
-
-_HOOKS = frozenset(
-    [torch.Tensor.register_hook, torch.Tensor.retain_grad, torch.Tensor.register_post_accumulate_grad_hook]
-)
-_BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward])
 
 
 class StagedStep(TorchFunctionMode):
@@ -106,9 +72,9 @@ class StagedStep(TorchFunctionMode):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def run(self, step: Callable[[], Any], seed: int | None = None) -> Any:
+    def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
-        with self._intercepted(), _python_random(seed):
+        with self._intercepted():
             try:
                 with self:
                     return step()
@@ -171,14 +137,14 @@ class StagedStep(TorchFunctionMode):
         if is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _BACKWARD:
+        if func in BACKWARD:
             raise PipelineError(
                 f"`{getattr(func, '__name__', func)}` inside the step: gradients inside a step that is cut into "
                 "stages are not supported; use `devices=1` or keep the layers it needs inside one module's forward"
             )
         if self.at == self.stage:
             if Remote in types:
-                if func in _HOOKS and type(args[0]) is Remote:
+                if func in HOOKS and type(args[0]) is Remote:
                     args = (args[0].materialise(), *args[1:])
                 args, kwargs = map_tensors(localise, (args, kwargs))
             if self.last:
@@ -195,12 +161,12 @@ class StagedStep(TorchFunctionMode):
             if kind is Remote or kind is Placeholder or isinstance(tensor, nn.Parameter | Placeholder):
                 remote = True
                 break
-        if not remote and func not in _RANDOM:
+        if not remote and func not in RANDOM:
             return func(*args, **kwargs)
-        if func in _VALUES:
+        if func in VALUES:
             args, kwargs = map_tensors(localise, (args, kwargs))
             return func(*args, **kwargs)
-        if func in _HOOKS:
+        if func in HOOKS:
             return _NoHandle()
         return self._ghost(key, arguments, lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs)))
 
@@ -270,6 +236,19 @@ class StagedStep(TorchFunctionMode):
             if entered:
                 self.inside = False
 
+    def aside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run something that is no part of the model (a metric, a log call): on real values, and not counted."""
+        args, kwargs = map_tensors(localise, (args, kwargs))
+        if self.inside or self.closed:
+            return function(*args, **kwargs)
+        self.__exit__(None, None, None)
+        self.inside = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.inside = False
+            self.__enter__()
+
     def close(self) -> None:
         """The micro-batch is over: nothing can be fetched any more."""
         self.closed = True
@@ -307,27 +286,3 @@ class _NoHandle:
 
     def remove(self) -> None:
         """Nothing to remove here."""
-
-
-@contextmanager
-def _python_random(seed: int | None) -> Any:
-    """Python's and NumPy's generators, seeded alike on all ranks for one micro-batch and restored after it."""
-    if seed is None:
-        yield
-        return
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-def batch_leaf(meta: Meta, index: int, device: torch.device, owner: Any) -> Remote:
-    """A leaf of the batch that this rank has not been given."""
-    return Remote(meta, device, Name("batch", 0, 0, index), -1, owner)

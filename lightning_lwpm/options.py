@@ -1,0 +1,63 @@
+"""Checks what the user wrote in the strategy's constructor: every message quotes it and says what to change."""
+
+import difflib
+from typing import Any
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.schedule import SCHEDULES
+
+__all__ = ["check_options"]
+
+
+def check_options(
+    num_microbatches: Any,
+    schedule: Any,
+    partition: Any,
+    virtual_stages: Any,
+    data_parallel_size: Any,
+    process_group_backend: Any,
+    start_method: Any,
+) -> None:
+    """Check the options that need no model.
+
+    Raises:
+        ConfigurationError: for the first one that cannot be used.
+    """
+    if num_microbatches != "auto" and (
+        not isinstance(num_microbatches, int) or isinstance(num_microbatches, bool) or num_microbatches < 1
+    ):
+        raise ConfigurationError(
+            f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
+            'integer, such as four for each device, or "auto".'
+        )
+    if schedule not in SCHEDULES:
+        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(f"schedule={schedule!r} is not known. Known are: {_listed(SCHEDULES)}.{hint}")
+    names = isinstance(partition, list | tuple) and all(isinstance(name, str) for name in partition)
+    if partition != "auto" and not names:
+        raise ConfigurationError(
+            f'partition={partition!r}: pass "auto", or a list with the dotted names of the layers that begin the second, '
+            'third, ... stage, such as ["model.layers.6"].'
+        )
+    if virtual_stages != 1:
+        raise ConfigurationError(
+            f"virtual_stages={virtual_stages!r} is not built yet: each device runs one stage. Leave it at 1."
+        )
+    if data_parallel_size != 1:
+        raise ConfigurationError(
+            f"data_parallel_size={data_parallel_size!r} is not built yet: all devices form one pipeline. Leave it at 1."
+        )
+    if process_group_backend not in (None, "gloo"):
+        raise ConfigurationError(
+            f"process_group_backend={process_group_backend!r} is not built yet. Leave it out, or pass 'gloo': it also "
+            "serves accelerators, through host memory."
+        )
+    if start_method not in ("popen", "spawn", "fork", "forkserver"):
+        raise ConfigurationError(
+            f"start_method={start_method!r} is not known. Known are: 'popen', 'spawn', 'fork', 'forkserver'."
+        )
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,162 @@
+"""``self.log`` inside a step: recorded where it happens for real, merged over micro-batches, replayed on every rank."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.remote import localise
+from lightning_lwpm.staging.step import StagedStep
+
+__all__ = ["LogBook"]
+
+Entry = tuple[str, Any, dict[str, Any]]
+
+
+class LogBook:
+    """The log calls of one batch.
+
+    Args:
+        module: The LightningModule, whose ``log`` is replaced while a step runs.
+        mailbox: Carries what was logged from rank 0, which holds the last stage, to the others.
+    """
+
+    def __init__(self, module: LightningModule, mailbox: Mailbox) -> None:
+        self.module, self.mailbox = module, mailbox
+        self.writes = mailbox.rank == 0
+        self._entries: list[tuple[float, Entry]] = []
+        self._weight = 1.0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep log calls in the book instead of passing them on; on other ranks than the last stage's, drop them."""
+        self._entries = []
+        self.module.__dict__["log"] = self._note if self.writes else _drop
+        try:
+            yield
+        finally:
+            del self.module.__dict__["log"]
+
+    @contextmanager
+    def in_evaluation(self, step: StagedStep | None, real: bool) -> Iterator[None]:
+        """In evaluation a batch is whole: log calls pass on where they are real, and are no part of the model."""
+        if step is None and real:
+            yield
+            return
+        log = self.module.log
+        self.module.__dict__["log"] = functools.partial(step.aside, log) if real and step is not None else _drop
+        try:
+            yield
+        finally:
+            del self.module.__dict__["log"]
+
+    def microbatch(self, samples: float) -> None:
+        """What is logged from now on comes from a micro-batch of so many samples."""
+        self._weight = samples
+
+    def merged(self, samples: int | None) -> list[Entry]:
+        """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples.
+
+        Args:
+            samples: Samples of the whole batch, for Lightning's mean over the epoch.
+        """
+        by_name: dict[str, list[tuple[float, Entry]]] = {}
+        for weight, entry in self._entries:
+            by_name.setdefault(entry[0], []).append((weight, entry))
+        out = []
+        for name, calls in by_name.items():
+            kwargs = dict(calls[-1][1][2])
+            weights = [call[2].get("batch_size") or weight for weight, call in calls]
+            if kwargs.get("batch_size") is not None:
+                kwargs["batch_size"] = int(sum(weights))
+            elif samples is not None:
+                kwargs["batch_size"] = samples
+            out.append(
+                (name, _reduce([call[1] for _, call in calls], weights, kwargs.get("reduce_fx", "mean")), kwargs)
+            )
+        return out
+
+    def replay(self, entries: list[Entry]) -> None:
+        """Log merged entries, as if each had been logged once."""
+        for name, value, kwargs in entries:
+            self.module.log(name, value, **kwargs)
+
+    def _note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        if isinstance(value, Tensor):
+            value = localise(value).detach().clone()
+        self._entries.append((self._weight, (name, value, kwargs)))
+
+
+_POSITIONAL = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")  # LightningModule.log's order after the value
+
+
+def _drop(*_: Any, **__: Any) -> None:
+    """A log call on a rank that does not hold the last stage."""
+
+
+def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
+    if len(values) == 1 or isinstance(values[0], Metric):
+        return values[-1]  # a metric object has seen every micro-batch itself
+    kind = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
+    numbers = torch.stack([torch.as_tensor(value, dtype=None).float().cpu() for value in values])
+    if kind in ("min", "amin"):
+        return numbers.min()
+    if kind in ("max", "amax"):
+        return numbers.max()
+    if kind == "sum":
+        return numbers.sum()
+    shares = torch.tensor(weights)
+    return (numbers * shares).sum() / shares.sum()
+
+
+def sendable(entries: list[Entry]) -> list[Entry]:
+    """Entries for other ranks: a metric object becomes a number that the end of the epoch puts right."""
+    return [
+        (n, torch.tensor(0.0) if isinstance(v, Metric) else v, {**k, "metric_attribute": None}) for n, v, k in entries
+    ]
+
+
+def results_of(trainer: Trainer) -> list[tuple[Any, ...]]:
+    """What Lightning has collected in this epoch, computed: one tuple for each key."""
+    out: list[tuple[Any, ...]] = []
+    for key, item in (trainer._results or {}).items():
+        meta = item.meta
+        if not meta.on_epoch:
+            continue
+        value = item.compute()
+        value = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(float(value))
+        plain = dict(
+            prog_bar=meta.prog_bar,
+            logger=meta.logger,
+            on_step=meta.on_step,
+            on_epoch=meta.on_epoch,
+            reduce_fx=meta.reduce_fx,
+            add_dataloader_idx=meta.add_dataloader_idx,
+        )
+        out.append((key, meta.fx, meta.name, meta.dataloader_idx, value, plain))
+    return out
+
+
+def adopt_results(trainer: Trainer, received: list[tuple[Any, ...]]) -> None:
+    """Make this rank's collection the one of rank 0."""
+    results = trainer._results
+    if results is None:
+        return
+    for key, fx, name, dataloader_idx, value, plain in received:
+        if key not in results:
+            before, results.dataloader_idx = results.dataloader_idx, dataloader_idx
+            results.log(fx, name, value, batch_size=1, **plain)
+            results.dataloader_idx = before
+            continue
+        item = results[key]
+        item.value, item._computed = value.to(item.value.device), None
+        if item.meta.is_mean_reduction:
+            item.cumulated_batch_size = torch.tensor(1, device=item.value.device)
+    _ = trainer.callback_metrics  # Lightning collects what callbacks see when it is first read

@@ -1,0 +1,82 @@
+"""What a step returned for each micro-batch, made into what it would have returned for the batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lwpm.errors import ConfigurationError, PipelineError
+from lightning_lwpm.staging.remote import localise
+
+__all__ = ["loss_of", "merge_outputs"]
+
+
+def loss_of(output: Any, last_layer: str) -> Tensor:
+    """The loss in what ``training_step`` returned.
+
+    Args:
+        output: What it returned.
+        last_layer: The name of the last stage's first layer, for the message.
+
+    Raises:
+        ConfigurationError: if there is no loss that can be trained on.
+    """
+    if output is None:
+        raise ConfigurationError(
+            "`training_step` returned None: skipping a batch is not possible in a pipeline, because other stages are at "
+            "work on it already. Return a loss of zero (`0 * loss`), or leave such batches out of the data."
+        )
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ConfigurationError(
+            f"`training_step` returned {type(output).__name__} {output!r:.200}: return the loss as a tensor, or a dict "
+            "with the key 'loss'"
+        )
+    loss = localise(loss)
+    if not loss.requires_grad:
+        raise PipelineError(
+            "the loss that `training_step` returned does not depend on the output of any trainable layer (it does not "
+            f"require a gradient), so there is nothing for the last stage (from layer '{last_layer}' on) to train. "
+            "Compute the loss from the model's output, outside `torch.no_grad()` and without `.detach()`."
+        )
+    return loss
+
+
+def merge_outputs(outputs: list[Any], losses: list[Tensor], sizes: list[int]) -> Any:
+    """One output for the batch: the loss is the mean over samples, tensors with one row a sample are joined.
+
+    Args:
+        outputs: What the step returned for each micro-batch.
+        losses: The loss of each.
+        sizes: The samples of each.
+    """
+    loss = mean_loss(losses, sizes)
+    if not isinstance(outputs[0], Mapping):
+        return loss
+    merged: dict[str, Any] = {}
+    for key in outputs[0]:
+        values = [localise(v) if isinstance(v := output.get(key), Tensor) else v for output in outputs]
+        merged[key] = loss if key == "loss" else _merge(values, sizes)
+    return merged
+
+
+def mean_loss(losses: list[Tensor], sizes: list[int]) -> Tensor:
+    """The mean of the micro-batches' losses, weighted by samples."""
+    if len(losses) == 1:
+        return losses[0].detach()
+    total = sum(sizes)
+    parts = [loss.detach() * (size / total) for loss, size in zip(losses, sizes, strict=True)]
+    return torch.stack(parts).sum()
+
+
+def _merge(values: list[Any], sizes: list[int]) -> Any:
+    if len(values) == 1:
+        return values[0]
+    if all(isinstance(value, Tensor) for value in values):
+        values = [value.detach() for value in values]
+        if all(value.dim() > 0 and value.shape[0] == size for value, size in zip(values, sizes, strict=True)):
+            return torch.cat(values)
+        if all(value.dim() == 0 and value.is_floating_point() for value in values):
+            return mean_loss(values, sizes)
+    return values
