@@ -15,10 +15,12 @@ class Unit:
     Attributes:
         name: Dotted name in the root module.
         stages: The stage of its first, second, ... call.
+        attributes: Where its modules store tensors beside returning them: (path below the unit, attribute name).
     """
 
     name: str
     stages: tuple[int, ...]
+    attributes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,23 @@ class Layout:
 
 
 def units_of(
-    root: nn.Module, spans: Mapping[str, tuple[tuple[int, int] | None, ...]], stage_of: list[int]
+    root: nn.Module,
+    spans: Mapping[str, tuple[tuple[int, int] | None, ...]],
+    stage_of: list[int],
+    parameters: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Unit]:
     """Find the largest modules of which every call lies in one stage.
+
+    A module that has not been called yet (a layer left out at random, another branch) lies where its parameters do.
 
     Args:
         root: The model.
         spans: Module name -> for each of its calls, the first and last layer call (position in the timeline) made
             inside it; ``None`` where it made none.
         stage_of: The stage of each position of the timeline.
+        parameters: The stages of each parameter.
     """
+    names = {id(p): name for name, p in root.named_parameters()}
     callers: dict[int, set[str]] = {}
     for name, calls in spans.items():
         for span in calls:
@@ -72,6 +81,11 @@ def units_of(
             # a child that something else calls too cannot disappear inside this unit
             if all(p in inside for n in below for span in spans[n] if span for p in range(span[0], span[1] + 1)):
                 yield Unit(name, tuple(stage_of[span[0]] for span in calls if span))
+                return
+        if name and not any(n in spans for n, _ in module.named_modules(prefix=name)):
+            homes = {parameters[names[id(p)]] for p in module.parameters()}
+            if len(homes) == 1:
+                yield Unit(name, homes.pop()[:1])
                 return
         for child_name, child in module.named_children():
             yield from visit(f"{name}.{child_name}" if name else child_name, child)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lwpm.staging.tree import map_tensors
+from lightning_lwpm.staging.tree import map_tensors, tensors
 
 __all__ = ["Placeholder", "is_placeholder", "placeholder_like"]
 
@@ -33,6 +33,8 @@ class Placeholder(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.name.startswith("aten::_foreach"):
+            return _foreach(func, args, kwargs)
         found: list[Placeholder] = []
 
         def to_meta(tensor: Tensor) -> Tensor:
@@ -52,6 +54,12 @@ class Placeholder(Tensor):
             if not isinstance(args[0], Placeholder):
                 raise RuntimeError(f"{func} writes a parameter of another rank into a tensor of this one")
             return args[0]
+        if any(not isinstance(tensor, Placeholder) and tensor.dim() for tensor in tensors((args, kwargs))):
+            raise RuntimeError(
+                f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the pipeline: "
+                "this code uses a layer in a stage where it was not used when the model was partitioned. Name the layers "
+                "that begin a stage in `partition=[...]` so that all its uses share a stage."
+            )
         out = func(*meta_args, **meta_kwargs)
         target = torch.device(device) if device is not None else found[0].device
         return map_tensors(lambda tensor: Placeholder(tensor, target), out)
@@ -67,6 +75,18 @@ class Placeholder(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = (tuple(self.shape), self.dtype, str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
         return _rebuild, kind
+
+
+def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function of lists of tensors, for the real ones among them: placeholders in the first list stay placeholders."""
+    lists = [i for i, arg in enumerate(args) if isinstance(arg, list | tuple) and len(arg) == len(args[0])]
+    real = [j for j, tensor in enumerate(args[0]) if not isinstance(tensor, Placeholder)]
+    picked = [[arg[j] for j in real] if i in lists else arg for i, arg in enumerate(args)]
+    out = func(*picked, **kwargs) if real else []
+    if out is None or func._schema.is_mutable:
+        return out
+    results = dict(zip(real, out, strict=True))
+    return [results[j] if j in results else placeholder_like(tensor.detach()) for j, tensor in enumerate(args[0])]
 
 
 def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, parameter: bool, grad: bool) -> Tensor:

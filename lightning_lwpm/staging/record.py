@@ -32,8 +32,13 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The outcome of one call: the tensors returned, the structure around them, the arguments changed in place."""
+    """The outcome of one call: the tensors returned, the structure around them, the arguments changed in place.
 
+    Attributes:
+        function: The name of the function called, so that two ranks that count differently notice it.
+    """
+
+    function: str
     spec: Any
     leaves: tuple[Leaf, ...]
     mutated: tuple[tuple[int, Meta], ...] = ()
@@ -49,10 +54,11 @@ Trace = dict[Key, Record]
 """All records of one stage for one signature of the batch."""
 
 
-def observe(out: Any, arguments: list[Tensor], versions: list[int]) -> tuple[Record, list[Tensor]]:
+def observe(function: str, out: Any, arguments: list[Tensor], versions: list[int]) -> tuple[Record, list[Tensor]]:
     """Describe what a call returned.
 
     Args:
+        function: The name of the function called.
         out: The value returned.
         arguments: The tensors among the call's arguments.
         versions: Their version counters before the call.
@@ -66,7 +72,7 @@ def observe(out: Any, arguments: list[Tensor], versions: list[int]) -> tuple[Rec
         spec = portable(spec)
     leaves = tuple([_leaf(tensor, arguments) for tensor in tensors])
     mutated = tuple([(i, Meta.of(t)) for i, t in enumerate(arguments) if version(t) != versions[i]])
-    return Record(spec, leaves, mutated), tensors
+    return Record(function, spec, leaves, mutated), tensors
 
 
 def version(tensor: Tensor) -> int:

@@ -122,7 +122,32 @@ _DATA_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "gra
 # Answered from shape and type alone, on remote and real tensors alike; never counted.
 _METADATA = frozenset(
     getattr(torch.Tensor, name)
-    for name in ["size", "stride", "dim", "ndimension", "numel", "nelement", "storage_offset", "element_size", "is_floating_point", "is_complex", "is_contiguous", "is_signed", "get_device", "__len__", "type_as_", "__hash__", "is_inference", "_is_view", "__repr__", "is_same_size", "is_shared", "is_pinned", "requires_grad_", "has_names"]
+    for name in [
+        "size",
+        "stride",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "storage_offset",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "is_signed",
+        "get_device",
+        "__len__",
+        "type_as_",
+        "__hash__",
+        "is_inference",
+        "_is_view",
+        "__repr__",
+        "is_same_size",
+        "is_shared",
+        "is_pinned",
+        "requires_grad_",
+        "has_names",
+    ]
     if hasattr(torch.Tensor, name)
 ) | {
     torch.is_floating_point,

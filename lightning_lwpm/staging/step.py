@@ -17,14 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
-from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
-from lightning_lwpm.staging.remote import Meta, Name, Remote, is_metadata, localise
-from lightning_lwpm.staging.tree import flatten, map_tensors, unflatten
+from lightning_lwpm.staging.remote import Name, Remote, is_metadata, localise
+from lightning_lwpm.staging.tree import flatten, map_tensors, tensors, unflatten
 
 __all__ = ["Peers", "StageExit", "StagedStep"]
 
@@ -88,12 +89,21 @@ class StagedStep(TorchFunctionMode):
         """Intercept the units' calls; the modules are left as they were."""
         absent = object()
         saved = []
+        apply = torch.autograd.Function.__dict__["apply"]
+        step = self
+
+        def intercepted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            run = apply.__get__(None, cls)
+            return run(*args, **kwargs) if step.inside else step.apply(cls, run, args, kwargs)
+
+        torch.autograd.Function.apply = classmethod(intercepted)  # type: ignore[assignment, method-assign]
         for unit, module in self.units:
             saved.append((module, module.__dict__.get("forward", absent)))
-            module.__dict__["forward"] = _Intercept(self, unit, module.forward)
+            module.__dict__["forward"] = _Intercept(self, unit, module)
         try:
             yield
         finally:
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
             for module, forward in saved:
                 if forward is absent:
                     del module.__dict__["forward"]
@@ -102,7 +112,7 @@ class StagedStep(TorchFunctionMode):
 
     # -- layers --------------------------------------------------------------------------------------------------
 
-    def call(self, unit: Unit, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a unit's ``forward``, at the place where it belongs on the timeline."""
         occurrence = self.calls.get(unit.name, 0)
         self.calls[unit.name] = occurrence + 1
@@ -120,12 +130,22 @@ class StagedStep(TorchFunctionMode):
         self.__exit__(None, None, None)  # inside a layer nothing is intercepted: it runs at full speed
         self.inside = True
         try:
+            key = (unit.name, occurrence, 0)
+            stored = [(module.get_submodule(path), name) for path, name in unit.attributes]
             if stage < self.stage:
                 arguments: list[Tensor] = []
                 flatten((args, kwargs), arguments)
-                return self._ghost((unit.name, occurrence, 0), arguments, None)
+                out, values = self._ghost(key, "layer", arguments, None)
+                for (owner, name), value in zip(stored, values, strict=True):
+                    owner.__dict__[name] = value
+                return out
+
+            def run(*args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+                out = forward(*args, **kwargs)
+                return out, [owner.__dict__.get(name) for owner, name in stored]
+
             args, kwargs = map_tensors(localise, (args, kwargs))
-            return self._real((unit.name, occurrence, 0), forward, args, kwargs)
+            return self._real(key, "layer", run, args, kwargs)[0]
         finally:
             self.inside = False
             self.__enter__()
@@ -142,15 +162,30 @@ class StagedStep(TorchFunctionMode):
                 f"`{getattr(func, '__name__', func)}` inside the step: gradients inside a step that is cut into "
                 "stages are not supported; use `devices=1` or keep the layers it needs inside one module's forward"
             )
+        return self._function(func, types, args, kwargs)
+
+    def apply(self, cls: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A user's ``autograd.Function`` between layers: torch's modes do not see it, so it comes here."""
+        if cls is CheckpointFunction:
+            raise PipelineError(
+                "`torch.utils.checkpoint` with `use_reentrant=True` around layers that are cut into stages: pass "
+                "`use_reentrant=False`, which gives the same gradients"
+            )
+        self.__exit__(None, None, None)
+        try:
+            return self._function(run, {type(tensor) for tensor in tensors((args, kwargs))}, args, kwargs)
+        finally:
+            self.__enter__()
+
+    def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """One function call between layers."""
         if self.at == self.stage:
             if Remote in types:
                 if func in HOOKS and type(args[0]) is Remote:
                     args = (args[0].materialise(), *args[1:])
                 args, kwargs = map_tensors(localise, (args, kwargs))
-            if self.last:
-                return func(*args, **kwargs)
             self.index += 1
-            return self._real((self.unit, self.occurrence, self.index), func, args, kwargs)
+            return self._real((self.unit, self.occurrence, self.index), _called(func), func, args, kwargs)
         self.index += 1
         key = (self.unit, self.occurrence, self.index)
         arguments: list[Tensor] = []
@@ -168,19 +203,20 @@ class StagedStep(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in HOOKS:
             return _NoHandle()
-        return self._ghost(key, arguments, lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs)))
+        replay = lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs))  # noqa: E731
+        return self._ghost(key, _called(func), arguments, replay)
 
     # -- real and ghost ------------------------------------------------------------------------------------------
 
-    def _real(self, key: Key, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _real(self, key: Key, called: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a call of this stage and note what it returned and changed."""
         if self.last:
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         arguments: list[Tensor] = []
         flatten((args, kwargs), arguments)
         versions = [version(tensor) for tensor in arguments]
-        out = func(*args, **kwargs)
-        record, tensors = observe(out, arguments, versions)
+        out = self._run(func, args, kwargs)
+        record, tensors = observe(called, out, arguments, versions)
         self.trace[key] = record
         for i, tensor in enumerate(tensors):
             self.retained[Name(*key, i)] = tensor
@@ -188,14 +224,34 @@ class StagedStep(TorchFunctionMode):
             self.retained[Name(*key, -1 - i)] = arguments[i]
         return out
 
-    def _ghost(self, key: Key, arguments: list[Tensor], replay: Callable[[], Any] | None) -> Any:
+    def _run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``func`` as one thing: nothing inside it is intercepted."""
+        inside, self.inside = self.inside, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.inside = inside
+
+    def _ghost(self, key: Key, called: str, arguments: list[Tensor], replay: Callable[[], Any] | None) -> Any:
         """Return the like of what an earlier stage's call returned."""
         record = self.peers.record(self.at, key)
+        if record.function != called:
+            after = f"after layer '{key[0]}'" if key[0] else "before the first layer"
+            raise PipelineError(
+                f"torch function {key[2]} {after} is `{called}` on stage {self.stage} but `{record.function}` on stage "
+                f"{self.at}: the step took another path on different ranks. Code between layers must do the same on "
+                "every rank; put what only one rank does (`if self.trainer.is_global_zero: ...`) after the last layer."
+            )
         for i, meta in record.mutated:
             changed = arguments[i]
             if type(changed) is not Remote:
-                if replay is not None and not isinstance(changed, Placeholder | nn.Parameter):
+                if isinstance(changed, Placeholder | nn.Parameter):
+                    continue
+                if replay is not None:
                     return replay()  # a local tensor is written: it needs the values
+                source = Remote(meta, self.device, Name(*key, -1 - i), self.at, self)
+                with torch.no_grad():
+                    changed.copy_(source.materialise())
                 continue
             if changed.base is None:
                 changed.label, changed.stage, changed.local = Name(*key, -1 - i), self.at, None
@@ -254,6 +310,10 @@ class StagedStep(TorchFunctionMode):
         self.closed = True
 
 
+def _called(func: Any) -> str:
+    return getattr(func, "__name__", "") or type(func).__name__
+
+
 class _Replay:
     """Makes the i-th tensor of a view function's result from materialised arguments."""
 
@@ -269,13 +329,13 @@ class _Replay:
 class _Intercept:
     """Stands in for a unit's ``forward`` while a step runs."""
 
-    def __init__(self, step: StagedStep, unit: Unit, forward: Callable[..., Any]) -> None:
-        self.step, self.unit, self.forward = step, unit, forward
+    def __init__(self, step: StagedStep, unit: Unit, module: nn.Module) -> None:
+        self.step, self.unit, self.module, self.forward = step, unit, module, module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.step.inside:
             return self.forward(*args, **kwargs)
-        return self.step.call(self.unit, self.forward, args, kwargs)
+        return self.step.call(self.unit, self.module, self.forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.forward

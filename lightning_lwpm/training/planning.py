@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torchmetrics import Metric, MetricCollection
 
 from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.staging.batch import Batch
@@ -84,7 +85,8 @@ def look(
     context = precision.train_step_context if train else precision.val_step_context
     try:
         with torch.set_grad_enabled(train), context():
-            return probe(module, lambda: step(micro, *kwargs.values()))
+            metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+            return probe(module, lambda: step(micro, *kwargs.values()), metrics)
     finally:
         del module.__dict__["log"], module.__dict__["log_dict"]
         for m, mode in modes:

@@ -1,0 +1,170 @@
+"""From a recorded run of the step to its timeline, and to what each layer call uses."""
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_lwpm.partition.record import Call, Counter, Recorder
+from lightning_lwpm.partition.timeline import LayerCall, Timeline
+
+__all__ = ["Probe", "describe"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a run of the step has shown. Positions count the layer calls.
+
+    Attributes:
+        timeline: The layer calls, with their costs.
+        spans: Module name -> for each of its calls, the first and last position inside it (``None``: no layer call).
+        parameters: Parameter name -> the positions that use it.
+        buffers: The same for buffers that belong to a layer or were changed; others are constants, kept everywhere.
+        attributes: Module name and attribute name of plain tensors that the step stored on modules.
+    """
+
+    timeline: Timeline
+    spans: dict[str, tuple[tuple[int, int] | None, ...]]
+    parameters: dict[str, tuple[int, ...]]
+    buffers: dict[str, tuple[int, ...]]
+    attributes: tuple[tuple[str, str], ...] = ()
+
+
+def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:
+    """Describe a run.
+
+    Args:
+        root: The model.
+        recorder: Has followed the run; it has seen at least one layer.
+        counter: Has counted its work.
+        changed: The buffers that it changed.
+    """
+    layers = _Layers([call for call in recorder.calls if not call.has_inner])
+    uses = _uses(root, recorder, layers)
+    parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
+    buffers = _owned_buffers(root, recorder, layers, uses, changed)
+    timeline = Timeline(
+        _layer_calls(root, layers, parameters, counter),
+        _bytes_alive(recorder, layers),
+        _allowed(recorder, layers, [where for name, where in buffers.items() if name in changed]),
+    )
+    return Probe(timeline, _spans(recorder.calls, layers), parameters, buffers)
+
+
+class _Layers:
+    """The layer calls, in order; a time belongs to the latest one begun."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = calls
+        self.starts = [call.start for call in calls]
+
+    def at(self, time: int) -> int:
+        """The position that a time belongs to."""
+        return max(bisect.bisect_right(self.starts, time) - 1, 0)
+
+    def inside(self, time: int) -> bool:
+        """Whether a time lies within a layer, not in the glue after it."""
+        call = self.calls[self.at(time)]
+        return call.start <= time <= call.end
+
+    def sums(self, by_time: Mapping[int, float]) -> list[float]:
+        """Amounts by position."""
+        out = [0.0] * len(self.calls)
+        for time, amount in by_time.items():
+            out[self.at(time)] += amount
+        return out
+
+
+def _uses(root: nn.Module, recorder: Recorder, layers: _Layers) -> dict[str, set[int]]:
+    """The positions that use each parameter and buffer: by a function, or as part of the layer."""
+    uses: dict[str, set[int]] = defaultdict(set)
+    for name, times in recorder.used.items():
+        uses[name].update(map(layers.at, times))
+    names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
+    for position, call in enumerate(layers.calls):
+        module = root.get_submodule(call.name)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            uses[names[id(tensor)]].add(position)
+    return uses
+
+
+def _with_neighbours(names: Iterable[str], uses: Mapping[str, set[int]]) -> dict[str, tuple[int, ...]]:
+    """The positions of each parameter; one that the step never touched stays with the one before it."""
+    last = 0
+    found: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        found[name] = tuple(sorted(uses.get(name, ()))) or (last,)
+        last = found[name][0]
+    return found
+
+
+def _owned_buffers(
+    root: nn.Module, recorder: Recorder, layers: _Layers, uses: Mapping[str, set[int]], changed: set[str]
+) -> dict[str, tuple[int, ...]]:
+    """The buffers that belong to layers, or that the step changes. A constant that glue reads is kept everywhere."""
+    names = {id(b): n for n, b in root.named_buffers()}
+    in_layers = {names[id(b)] for call in layers.calls for b in root.get_submodule(call.name).buffers()}
+    glue = {n for n in names.values() if any(not layers.inside(time) for time in recorder.used.get(n, ()))}
+    owned = changed | (in_layers - glue)
+    return {n: tuple(sorted(uses[n])) for n in names.values() if n in owned and uses.get(n)}
+
+
+def _spans(calls: Iterable[Call], layers: _Layers) -> dict[str, tuple[tuple[int, int] | None, ...]]:
+    """For each call of each module, the first and last layer call inside it."""
+    spans: dict[str, list[tuple[int, int] | None]] = defaultdict(list)
+    for call in calls:
+        around = range(layers.at(call.start), layers.at(call.end) + 1)
+        inside = [p for p in around if call.start <= layers.starts[p] < call.end]
+        spans[call.name].append((inside[0], inside[-1]) if inside else None)
+    return {name: tuple(found) for name, found in spans.items()}
+
+
+def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int, ...]]) -> tuple[bool, ...]:
+    """Where a stage may begin."""
+    allowed = [True] * len(layers.calls)
+    for where in histories:  # a running statistic has one history: its uses stay in one stage
+        for position in range(where[0] + 1, where[-1] + 1):
+            allowed[position] = False
+    for region in recorder.regions:  # what is recomputed as a whole is computed as a whole
+        for position, call in enumerate(layers.calls):
+            if region.start < call.start <= region.end and (
+                call.functions > region.functions or (position and layers.starts[position - 1] > region.start)
+            ):
+                allowed[position] = False
+    return tuple(allowed)
+
+
+def _layer_calls(
+    root: nn.Module, layers: _Layers, parameters: Mapping[str, tuple[int, ...]], counter: Counter
+) -> tuple[LayerCall, ...]:
+    sizes = {n: (p.numel(), p.numel() * p.element_size()) for n, p in root.named_parameters()}
+    first: dict[int, list[str]] = defaultdict(list)
+    for name, where in parameters.items():
+        first[where[0]].append(name)
+    flops, moved = layers.sums(counter.flops), layers.sums(counter.bytes)
+    occurrences: dict[str, int] = defaultdict(int)
+    described = []
+    for position, call in enumerate(layers.calls):
+        described.append(
+            LayerCall(
+                name=call.name,
+                occurrence=occurrences[call.name],
+                flops=flops[position],
+                bytes_moved=moved[position],
+                parameter_bytes=sum(sizes[n][1] for n in first[position]),
+                parameters=sum(sizes[n][0] for n in first[position]),
+            )
+        )
+        occurrences[call.name] += 1
+    return tuple(described)
+
+
+def _bytes_alive(recorder: Recorder, layers: _Layers) -> tuple[int, ...]:
+    """Bytes made before each position and used at it or later."""
+    alive = [0] * len(layers.calls)
+    for key, (time, nbytes) in recorder.born.items():
+        for position in range(layers.at(time) + 1, layers.at(recorder.read.get(key, time)) + 1):
+            alive[position] += nbytes
+    return tuple(alive)

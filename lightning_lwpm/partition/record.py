@@ -1,0 +1,135 @@
+"""What happens in one run of a step: calls of modules, uses of tensors, work done; time is a counter of events."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_lwpm.staging.tree import tensors
+
+__all__ = ["Call", "Counter", "Recorder", "Region"]
+
+
+@dataclass
+class Call:
+    """A call of any module that holds parameters, itself or below."""
+
+    name: str
+    start: int
+    end: int = 0
+    has_inner: bool = False
+    functions: int = 0  # torch functions called before it
+
+
+@dataclass
+class Region:
+    """A part of the step that the user recomputes in the backward pass, as a whole."""
+
+    start: int
+    functions: int
+    end: int = 0
+
+
+class Recorder(TorchFunctionMode):
+    """Follows tensors through functions; time is a counter of events."""
+
+    def __init__(self, named: dict[int, str]) -> None:
+        super().__init__()
+        self.named = named  # id of parameter or buffer -> its name
+        self.clock = 0
+        self.functions = 0
+        self.calls: list[Call] = []
+        self.regions: list[Region] = []
+        self.used: dict[str, list[int]] = defaultdict(list)
+        self.born: dict[int, tuple[int, int]] = {}  # storage -> (time, bytes)
+        self.read: dict[int, int] = {}  # storage -> time of last use
+        self.keep: list[Tensor] = []  # so that no address is used twice
+
+    def touch(self, values: Any) -> bool:
+        """Note the use of tensors; whether any of them depends on parameters."""
+        found = False
+        for tensor in tensors(values):
+            name = self.named.get(id(tensor))
+            if name is not None:
+                self.used[name].append(self.clock)
+                found = True
+            key = storage(tensor)
+            if key in self.born:
+                self.read[key] = self.clock
+                found = True
+        return found
+
+    def produce(self, values: Any) -> None:
+        """Note tensors made here."""
+        for tensor in tensors(values):
+            key = storage(tensor)
+            if key not in self.born:
+                self.born[key] = (self.clock, tensor.numel() * tensor.element_size())
+                self.keep.append(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        depends = self.touch((args, kwargs))
+        out = func(*args, **kwargs)
+        if depends:
+            self.clock += 1
+            self.functions += 1
+            self.produce(out)
+        return out
+
+    @contextmanager
+    def watching_checkpoints(self) -> Iterator[None]:
+        """Note where ``torch.utils.checkpoint`` is at work."""
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        enter, leave = hooks.__enter__, hooks.__exit__
+        open_regions: dict[int, Region] = {}
+
+        def entering(context: Any) -> None:
+            if type(context).__module__ == "torch.utils.checkpoint":
+                open_regions[id(context)] = Region(self.clock, self.functions)
+                self.regions.append(open_regions[id(context)])
+            return enter(context)
+
+        def leaving(context: Any, *error: object) -> None:
+            if id(context) in open_regions:
+                open_regions.pop(id(context)).end = self.clock
+            return leave(context, *error)
+
+        hooks.__enter__, hooks.__exit__ = entering, leaving  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            hooks.__enter__, hooks.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+class Counter(TorchDispatchMode):
+    """Adds up FLOPs and bytes written, by the recorder's clock."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.flops: dict[int, float] = defaultdict(float)
+        self.bytes: dict[int, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        now = self.recorder.clock
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops[now] += formula(*args, **kwargs, out_val=out)
+        for tensor in tensors(out):
+            self.bytes[now] += tensor.numel() * tensor.element_size()
+        return out
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells whether two tensors share memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
