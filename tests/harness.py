@@ -17,6 +17,7 @@ from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placement import place
+from lightning_lwpm.staging.randomness import python_random
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -43,7 +44,7 @@ def engine(
     mailbox, transport = connect(rank, world)
     seen = probe(model, lambda: step(model, sample))
     plan = make_plan(seen.timeline, world, partition, place_stages)
-    layout = make_layout(model, seen, plan)
+    layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
     built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule)
     place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stage)
     return built
@@ -67,7 +68,7 @@ def train_pipelined(
     run = engine(rank, world, model, step, sample, partition, schedule)
     optim = optimizer(model.parameters()) if optimizer else None
     losses: list[list[float]] = []
-    gradients: dict[str, torch.Tensor] = {}
+    gradients: list[dict[str, torch.Tensor]] = []
     for value in batches:
         batch = Batch.of(value, num_microbatches)
         weights = batch.weights
@@ -83,10 +84,11 @@ def train_pipelined(
             lambda index, whole=whole: whole.leaves[index],
         )
         losses.append([float(out.detach()) for out in outputs] if run.last else [])
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         if optim:
             optim.step()
     held = {n: p.detach().clone() for n, p in model.named_parameters() if type(p.detach()) is torch.Tensor}
+    owned = {n for n, stages in run.layout.buffers.items() if run.stage in stages}
     buffers = {n: b.clone() for n, b in model.named_buffers() if type(b) is torch.Tensor}
     run.mailbox.gather("end", None)
     run.mailbox.close()
@@ -95,8 +97,10 @@ def train_pipelined(
         "gradients": gradients,
         "weights": held,
         "buffers": buffers,
+        "own_buffers": owned,
         "layout": run.layout,
         "stage": run.stage,
+        "last": run.last,
     }
 
 
@@ -108,8 +112,12 @@ def train_single(
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
 ) -> dict[str, Any]:
     """The reference: one device that accumulates the same micro-batches."""
+    torch.set_num_threads(1)  # as in the workers: the number of threads decides the order of sums
     torch.manual_seed(0)
     model = build()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients: list[dict[str, torch.Tensor]] = []
+    serial = 0
     optim = optimizer(model.parameters()) if optimizer else None
     losses = []
     for value in batches:
@@ -117,13 +125,16 @@ def train_single(
         model.zero_grad()
         losses.append([])
         for i, weight in enumerate(batch.weights):
-            loss = step(model, batch.microbatch(i))
+            with python_random(torch.initial_seed(), serial):
+                loss = step(model, batch.microbatch(i))
+            serial += 1
             (loss * weight).backward()
             losses[-1].append(float(loss.detach()))
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         if optim:
             optim.step()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {
+        "start": start,
         "losses": losses,
         "gradients": gradients,
         "weights": {n: p.detach() for n, p in model.named_parameters()},

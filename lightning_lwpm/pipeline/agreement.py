@@ -15,6 +15,9 @@ __all__ = ["Agreement", "Entry", "meta_of"]
 
 FOREVER = 1 << 62
 
+PATIENCE = 3
+"""How often a tensor may change its shape before it is sent on request only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -26,6 +29,7 @@ class Entry:
         meta: Shape and type that both ends rely on.
         first: First serial number for which it is sent.
         last: Last one.
+        changes: How often its meta has changed before.
     """
 
     number: int
@@ -33,6 +37,7 @@ class Entry:
     meta: Meta
     first: int
     last: int = FOREVER
+    changes: int = 0
 
 
 class Agreement:
@@ -40,6 +45,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.entries: dict[Hashable, list[Entry]] = {}
+        self._fickle: set[tuple[Hashable, Name]] = set()
 
     def active(self, signature: Hashable, serial: int) -> list[Entry]:
         """What is sent for a micro-batch, in order of sending."""
@@ -51,22 +57,37 @@ class Agreement:
         entries.append(entry)
         entries.sort(key=lambda known: known.number)
 
-    def has(self, signature: Hashable, name: Name) -> bool:
-        """Whether ``name`` is sent, now or from some later micro-batch on."""
-        return any(entry.name == name and entry.last == FOREVER for entry in self.entries.get(signature, ()))
+    def welcomes(self, signature: Hashable, name: Name) -> bool:
+        """Whether ``name`` may be added: it is not sent from some micro-batch on, and it keeps its shape."""
+        if (signature, name) in self._fickle:
+            return False
+        return not any(entry.name == name and entry.last == FOREVER for entry in self.entries.get(signature, ()))
 
-    def change(self, signature: Hashable, changed: Trace, last: int) -> None:
-        """Let entries of which the meta changed end with serial ``last`` and begin anew after it."""
-        entries = self.entries.get(signature, [])
-        for i, entry in enumerate(list(entries)):
+    def change(self, signature: Hashable, changed: Trace, number: int, last: int, past: int) -> None:
+        """Let entries of which the meta changed end with serial ``last`` and begin anew after it.
+
+        What changes again and again is no longer sent unasked.
+
+        Args:
+            signature: Of the batch.
+            changed: The new records.
+            number: The latest entry made before the change: newer ones know of it.
+            last: The last serial number for which the old shapes are agreed.
+            past: Entries that ended by this serial number are forgotten.
+        """
+        kept = []
+        for entry in self.entries.get(signature, []):
             record = changed.get(entry.name[:3])
-            if record is None or entry.last != FOREVER:
-                continue
-            meta = record.meta(entry.name.leaf)
-            if meta is not None and meta != entry.meta:
-                entries[i] = replace(entry, last=last)
-                entries.append(replace(entry, meta=meta, first=last + 1))
-        entries.sort(key=lambda known: known.number)
+            meta = record.meta(entry.name.leaf) if record is not None else None
+            if entry.number <= number and entry.last == FOREVER and meta is not None and meta != entry.meta:
+                kept.append(replace(entry, last=last))
+                if entry.changes < PATIENCE:
+                    kept.append(replace(entry, meta=meta, first=last + 1, changes=entry.changes + 1))
+                else:
+                    self._fickle.add((signature, entry.name))
+            elif entry.last > past:
+                kept.append(entry)
+        self.entries[signature] = sorted(kept, key=lambda known: known.number)
 
 
 def meta_of(trace: Trace, name: Name) -> Meta | None:

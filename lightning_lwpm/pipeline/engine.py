@@ -48,6 +48,7 @@ class Engine:
         self.last = self.stage == layout.num_stages - 1
         self._serial = 0
         self._tables: dict[tuple[str, int], list[Any]] = {}
+        seed = mailbox.broadcast("engine seed", torch.initial_seed(), what="the seed")
         self.executor: Executor | None = None
         self.shared: SharedGradients | None = None
         if self.stage is None:
@@ -59,7 +60,7 @@ class Engine:
             exchange = Exchange(mailbox, transport, self.stage, self.ranks, device)
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
             self.shared = SharedGradients(mailbox, transport, root, layout, self.stage, self.ranks)
-        self.executor = Executor(mailbox, exchange, self.stage, layout.num_stages, units, device)
+        self.executor = Executor(mailbox, exchange, self.stage, layout.num_stages, units, device, seed)
 
     def train(
         self,

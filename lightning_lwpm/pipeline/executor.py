@@ -13,6 +13,7 @@ from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.randomness import python_random
 from lightning_lwpm.staging.step import StagedStep
 
 __all__ = ["Executor"]
@@ -28,6 +29,7 @@ class Executor:
         num_stages: Number of stages.
         units: The units of the layout, with their modules.
         device: Where this stage computes.
+        seed: Of Python's and NumPy's generators, alike on all ranks.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class Executor:
         num_stages: int,
         units: Sequence[tuple[Unit, nn.Module]],
         device: torch.device,
+        seed: int = 0,
     ) -> None:
-        self.mailbox, self.exchange, self.stage, self.device = mailbox, exchange, stage, device
+        self.mailbox, self.exchange, self.stage, self.device, self.seed = mailbox, exchange, stage, device, seed
         self.last = stage == num_stages - 1
         self.num_stages = num_stages
         self.units = list(units)
@@ -88,14 +91,16 @@ class Executor:
     def _forward(self, item: Item, microbatch: Callable[[int], Any], forward: Callable[[Any, int], Any]) -> Any:
         number = item.microbatch
         if self.exchange is None:
-            return forward(microbatch(number), number)
+            with python_random(self.seed, item.serial):
+                return forward(microbatch(number), number)
         if not item.grad:
-            self.exchange.wait_for_room(item, 2 * self.num_stages + 2)
+            self.exchange.wait_for_room(2 * self.num_stages + 2)
         peers = self.exchange.open(item)
         self.step = StagedStep(self.stage, self.last, self.units, peers, self.device)
         try:
             value = microbatch(number)
-            out = self.step.run(lambda: forward(value, number), seed=item.serial)
+            with python_random(self.seed, item.serial):
+                out = self.step.run(lambda: forward(value, number))
             self.exchange.publish(item, self.step)
         finally:
             self.step.close()

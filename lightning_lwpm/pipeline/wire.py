@@ -62,7 +62,14 @@ def from_wire(flat: Tensor, meta: Meta, device: torch.device) -> Tensor:
     """
     if not meta.on_host:
         flat = flat.to(device)
-    dense = flat.as_strided(meta.shape, dense_stride(meta))
-    if dense.stride() == meta.stride or 0 in meta.stride:
+    # not as a view: what is received may be changed in place like any other tensor
+    dense = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    dense.set_(flat.untyped_storage(), flat.storage_offset(), meta.shape, dense_stride(meta))
+    if dense.stride() == meta.stride:
         return dense
+    if 0 in meta.stride:  # expanded: one place for many elements, also here
+        sizes = [1 if step == 0 else size for size, step in zip(meta.shape, meta.stride, strict=True)]
+        part = dense.as_strided(sizes, dense.stride())
+        narrow = torch.empty_strided(sizes, [step or 1 for step in meta.stride], dtype=meta.dtype, device=dense.device)
+        return narrow.copy_(part).as_strided(meta.shape, meta.stride)
     return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=dense.device).copy_(dense)

@@ -31,7 +31,9 @@ class Placeholder(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func._schema.name.startswith("aten::_foreach"):
             return _foreach(func, args, kwargs)
@@ -64,7 +66,7 @@ class Placeholder(Tensor):
         target = torch.device(device) if device is not None else found[0].device
         return map_tensors(lambda tensor: Placeholder(tensor, target), out)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Placeholder({tuple(self.shape)}, {self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Placeholder":

@@ -1,6 +1,7 @@
 """Puts a rank's share of the weights on its device, and placeholders in the place of the rest."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,11 @@ def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> dict[int, 
     for name, tensor in named_tensors(root):
         memo[id(tensor)] = change(name, tensor)
     for module in root.modules():
-        for store in (module._parameters, module._buffers):
+        stores: list[dict[str, Any]] = [module._parameters, module._buffers]  # type: ignore[list-item]
+        for store in stores:
             for key, tensor in store.items():
                 if tensor is not None:
-                    store[key] = memo[id(tensor)]  # type: ignore[assignment]
+                    store[key] = memo[id(tensor)]
     return memo
 
 

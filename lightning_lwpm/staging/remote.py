@@ -19,7 +19,7 @@ class Name(NamedTuple):
 
     unit: str  # the latest layer call: the layer's dotted name ("" before the first) ...
     occurrence: int  # ... and which call of it
-    index: int  # 0: the layer's own output; i: the i-th torch function since
+    index: int  # type: ignore[assignment]  # 0: the layer's own output; i: the i-th torch function since
     leaf: int  # position among the tensors returned; -1-j: the j-th argument, changed in place
 
 
@@ -97,11 +97,13 @@ class Remote(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = map_tensors(localise, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Remote({tuple(self.meta.shape)}, {self.meta.dtype}, stage={self.stage}, name={tuple(self.label)})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -120,36 +122,10 @@ def localise(tensor: Tensor) -> Tensor:
 _DATA_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad"})
 
 # Answered from shape and type alone, on remote and real tensors alike; never counted.
-_METADATA = frozenset(
-    getattr(torch.Tensor, name)
-    for name in [
-        "size",
-        "stride",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "storage_offset",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "is_signed",
-        "get_device",
-        "__len__",
-        "type_as_",
-        "__hash__",
-        "is_inference",
-        "_is_view",
-        "__repr__",
-        "is_same_size",
-        "is_shared",
-        "is_pinned",
-        "requires_grad_",
-        "has_names",
-    ]
-    if hasattr(torch.Tensor, name)
-) | {
+_METADATA_METHODS = """size stride dim ndimension numel nelement storage_offset element_size is_floating_point
+    is_complex is_contiguous is_signed get_device __len__ __hash__ is_inference _is_view __repr__ is_same_size is_shared
+    is_pinned requires_grad_ has_names"""
+_METADATA = frozenset(getattr(Tensor, name) for name in _METADATA_METHODS.split() if hasattr(Tensor, name)) | {
     torch.is_floating_point,
     torch.is_complex,
     torch.is_tensor,

@@ -94,7 +94,7 @@ def _copy_with(original: Any, items: dict[Any, Any], assign: Callable[[Any, Any,
 
     new = copy.copy(original)
     if isinstance(new, Mapping) and getattr(new, "data", None) is getattr(original, "data", ()):
-        new.data = copy.copy(new.data)  # UserDict (transformers' BatchEncoding) shares its store with the copy
+        new.data = copy.copy(new.data)  # type: ignore[attr-defined]  # UserDict (transformers' BatchEncoding) shares its store with the copy
     for key, item in items.items():
         assign(new, key, item)
     return new

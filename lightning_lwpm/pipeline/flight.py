@@ -1,0 +1,145 @@
+"""A micro-batch between its forward and its backward, as one stage holds it."""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lwpm.pipeline.agreement import Entry
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.transport import Receive
+from lightning_lwpm.staging.record import Trace
+from lightning_lwpm.staging.remote import Meta, Name
+
+__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell"]
+
+Layout = tuple[int, ...] | None
+"""The strides of a gradient; ``None`` where there is no gradient."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A micro-batch as the pipeline sees it.
+
+    Attributes:
+        serial: Running number, the same on all ranks.
+        microbatch: Its number within the batch, for people.
+        structure: What the batch is made of, without sizes: the step expected to need the same tensors.
+        signature: The same with sizes: the step expected to make tensors of the same shapes.
+        grad: Whether a backward pass follows.
+        leaf: Fetches a leaf of the batch that this rank was not given.
+    """
+
+    serial: int
+    microbatch: int
+    structure: Hashable
+    signature: Hashable
+    grad: bool
+    leaf: Callable[[int], Tensor]
+
+
+@dataclass
+class Arrival:
+    """A tensor of another stage, as a root of this stage's autograd graph."""
+
+    name: Name
+    stage: int
+    tensor: Tensor
+    meta: Meta
+    pulled: bool
+    gradient: Tensor | None = None
+    joined: Tensor | None = None
+
+
+@dataclass
+class Flight:
+    """All that a stage holds of one micro-batch between its forward and its backward."""
+
+    item: Item
+    known: dict[int, Trace] = field(default_factory=dict)  # by producer, as of this micro-batch
+    agreed: dict[int, list[Entry]] = field(default_factory=dict)  # by producer: what it sends unasked
+    arrivals: dict[Name, Arrival] = field(default_factory=dict)
+    retained: dict[Name, Tensor] = field(default_factory=dict)
+    trace: Trace | None = None  # set once the forward has left
+    pulls: list[tuple[int, Name]] = field(default_factory=list)
+    gradients: dict[int, list[tuple[Name, Meta, Receive]]] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+
+
+class Desk:
+    """What the sending and the receiving side of a stage share.
+
+    Args:
+        mailbox: For requests and answers.
+        stage: This rank's stage.
+        ranks: The rank of each stage.
+    """
+
+    def __init__(self, mailbox: Mailbox, stage: int, ranks: Sequence[int]) -> None:
+        self.mailbox, self.stage, self.ranks = mailbox, stage, list(ranks)
+        self.last = stage == len(ranks) - 1
+        self.lock = threading.RLock()
+        self.flights: dict[int, Flight] = {}
+
+    def ask(self, stage: int, kind: str, item: Item, payload: Any, what: str) -> Any:
+        """Ask another stage and wait for its answer."""
+        key = (item.serial, kind, self.stage)
+        self.mailbox.post(self.ranks[stage], f"?{kind}", key, payload)
+        return self.mailbox.take("answer", (*key, stage), what)
+
+    def answer(self, source: int, key: Any, payload: Any) -> None:
+        """Answer what a rank has asked.
+
+        An answer passes through the answering thread of who asked, which so learns what both ends must know in the
+        order in which it was said.
+        """
+        self.mailbox.post(source, "?answer", (*key, self.stage), payload)
+
+    def says(self, what: str, item: Item, name: Name | None, stage: int) -> str:
+        """What is waited for, for people."""
+        tensor = f" {tell(name)}" if name is not None else ""
+        return f"{what}{tensor} of micro-batch {item.microbatch} from stage {stage} (rank {self.ranks[stage]})"
+
+
+class _Join(torch.autograd.Function):
+    """Joins a received tensor to the graph; a plain result, not a leaf, so that it may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, arrival: Arrival) -> Tensor:
+        ctx.arrival = arrival
+        return arrival.tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.arrival.gradient = gradients[0]
+        return None, None
+
+
+_ticket = torch.empty(0, requires_grad=True)
+
+
+def join(arrival: Arrival, grad: bool) -> Tensor:
+    """The received tensor, joined to the autograd graph where it has a gradient."""
+    if arrival.joined is None:
+        if arrival.meta.requires_grad and grad:
+            with torch.enable_grad():
+                arrival.joined = _Join.apply(_ticket, arrival)
+        else:
+            arrival.joined = arrival.tensor
+    return arrival.joined
+
+
+def count(meta: Meta) -> int:
+    """Number of elements."""
+    return meta.nbytes // meta.dtype.itemsize
+
+
+def tell(name: Name) -> str:
+    """A name, for people."""
+    if name.index == 0:
+        return f"output {name.leaf} of layer '{name.unit}'" if name.leaf >= 0 else f"an input of layer '{name.unit}'"
+    after = f"after layer '{name.unit}'" if name.unit else "before the first layer"
+    return f"the result of torch function {name.index} {after}"

@@ -1,0 +1,252 @@
+"""The receiving side of a stage: activations in, gradients back.
+
+before F    wait for what was agreed with each earlier stage, and for the word that nothing was
+in F        first touch: ask the producer (it keeps everything until its own backward); agree that it is sent
+after B     send the gradients of what was used, in the layout that the producer has been told
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
+from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell
+from lightning_lwpm.pipeline.transport import Receive, Transport
+from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
+from lightning_lwpm.staging.record import Key, Record, Trace
+from lightning_lwpm.staging.remote import Name, Remote
+
+__all__ = ["Inbox", "Peers"]
+
+
+@dataclass
+class _Known:
+    """What an earlier stage has told of its calls, for one signature of the batch."""
+
+    trace: Trace = field(default_factory=dict)
+    learned: bool = False
+    unheard: list[Any] = field(default_factory=list)  # changes told before that which they change
+    changes: list[tuple[int, Trace]] = field(default_factory=list)  # told early: each counts from a serial number on
+
+    def advance(self, serial: int) -> Trace:
+        """All records as they are for micro-batch ``serial``; forwards run in ascending order."""
+        while self.changes and self.changes[0][0] <= serial:
+            self.trace = {**self.trace, **self.changes.pop(0)[1]}
+        return self.trace
+
+
+class Inbox:
+    """The receiving side of one stage.
+
+    Args:
+        desk: Shared with the sending side.
+        transport: For data.
+        device: Where tensors of this stage live.
+    """
+
+    def __init__(self, desk: Desk, transport: Transport, device: torch.device) -> None:
+        self.desk, self.transport, self.device = desk, transport, device
+        self.producers = range(desk.stage)
+        self._known: dict[tuple[int, Hashable], _Known] = defaultdict(_Known)
+        self._agreed = [Agreement() for _ in self.producers]
+        self._posted = [-1 for _ in self.producers]
+        self._receives: dict[tuple[int, int], list[tuple[Entry, Receive]]] = {}
+        self._told: dict[tuple[int, Hashable, Name], Layout] = {}
+        desk.mailbox.handle("?changed", self._on_changed)
+        desk.mailbox.handle("?answer", self._on_answer)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def post(self, items: Sequence[Item]) -> None:
+        """Post receives for coming micro-batches as far as their signature is known, in order."""
+        for producer in self.producers:
+            with self.desk.lock:
+                for item in items:
+                    if item.serial > self._posted[producer] and not self._post(producer, item):
+                        break
+
+    def _post(self, producer: int, item: Item) -> bool:
+        if not self._known[producer, item.signature].learned:
+            return False
+        rank = self.desk.ranks[producer]
+        self._receives[producer, item.serial] = [
+            (entry, self.transport.receive("down", rank, count(entry.meta), entry.meta.dtype))
+            for entry in self._agreed[producer].active(item.signature, item.serial)
+        ]
+        self._posted[producer] = item.serial
+        return True
+
+    def open(self, item: Item) -> "Peers":
+        """Wait until everything agreed for a micro-batch is here; what its step then asks goes to the result."""
+        with self.desk.lock:
+            flight = self.desk.flights.setdefault(item.serial, Flight(item))
+        for producer in self.producers:
+            if not self._known[producer, item.signature].learned:
+                self._learn(producer, item)
+            with self.desk.lock:
+                if self._posted[producer] < item.serial:
+                    self._post(producer, item)
+        receives = {producer: self._receives.pop((producer, item.serial)) for producer in self.producers}
+        flats = {producer: self._wait(producer, item, receives[producer]) for producer in self.producers}
+        # now all earlier stages have left their forward, and told what has changed in it
+        for producer in self.producers:
+            with self.desk.lock:
+                known = flight.known[producer] = self._known[producer, item.signature].advance(item.serial)
+            flight.agreed[producer] = [entry for entry, _ in receives[producer]]
+            for (entry, _), flat in zip(receives[producer], flats[producer], strict=True):
+                if meta_of(known, entry.name) == entry.meta:  # otherwise it changed meanwhile: what came is no data
+                    tensor = from_wire(flat, entry.meta, self.device)
+                    flight.arrivals[entry.name] = Arrival(entry.name, producer, tensor, entry.meta, pulled=False)
+        return Peers(self, flight)
+
+    def _wait(self, producer: int, item: Item, receives: list[tuple[Entry, Receive]]) -> list[Tensor]:
+        if producer == self.desk.stage - 1 and not any(count(entry.meta) for entry, _ in receives):
+            # no data proves that the stage before has left its forward: it says so
+            what = self.desk.says("end of forward", item, None, producer)
+            self.desk.mailbox.take("forward-left", item.serial, what)
+        return [r.wait(self.desk.says("activation", item, e.name, producer)) for e, r in receives]
+
+    def _learn(self, producer: int, item: Item) -> None:
+        """Ask a producer what its calls returned, and what it sends unasked."""
+        desk = self.desk
+        what = f"the shapes of stage {producer} (rank {desk.ranks[producer]}) for micro-batch {item.microbatch}"
+        desk.ask(producer, "trace", item, item.signature, what)
+
+    def record(self, flight: Flight, stage: int, key: Key) -> Record:
+        """What a call of an earlier stage returned."""
+        record = flight.known[stage].get(key)
+        if record is None:
+            self._learn(stage, flight.item)
+            with self.desk.lock:
+                flight.known[stage] = self._known[stage, flight.item.signature].advance(flight.item.serial)
+            record = flight.known[stage].get(key)
+        if record is None:
+            layer, occurrence, index = key
+            place = f"torch function {index} after layer '{layer}'" if index else f"layer '{layer}'"
+            raise PipelineError(
+                f"{place} (call {occurrence}) ran on stage {self.desk.stage} but not on stage {stage}: the step took "
+                "another path on different ranks. It may depend on the rank, on a random number that is not drawn "
+                "with `random`, `numpy.random` or `torch`, or on state that only one rank has."
+            )
+        return record
+
+    def value(self, flight: Flight, remote: Remote) -> Tensor:
+        """The data of a remote tensor, joined to the autograd graph."""
+        if remote.stage < 0:
+            return flight.item.leaf(remote.label.leaf)
+        arrival = flight.arrivals.get(remote.label)
+        if arrival is None:
+            arrival = self._pull(flight, remote.label, remote.stage)
+        return join(arrival, flight.item.grad)
+
+    def _pull(self, flight: Flight, name: Name, producer: int) -> Arrival:
+        item = flight.item
+        with self.desk.lock:
+            posted = self._posted[producer]
+        what = self.desk.says("activation", item, name, producer)
+        flat, meta = self.desk.ask(producer, "value", item, (name, posted), what)
+        if flat is None:
+            raise PipelineError(
+                f"{tell(name)} is needed by stage {self.desk.stage} but was not made by stage {producer} for "
+                f"micro-batch {item.microbatch}: the step took another path on different ranks"
+            )
+        arrival = Arrival(name, producer, from_wire(flat, meta, self.device), meta, pulled=True)
+        flight.arrivals[name] = arrival
+        return arrival
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def return_gradients(self, flight: Flight) -> None:
+        """Send the gradients of what was received to its producers."""
+        item, desk = flight.item, self.desk
+        for producer in reversed(self.producers):
+            agreed = [entry for entry in flight.agreed[producer] if entry.meta.requires_grad]
+            gradients = {entry.name: self._gradient(flight, entry.name) for entry in agreed}
+            self._tell_layouts(producer, flight, agreed, gradients)
+            for entry in agreed:
+                gradient = gradients[entry.name]
+                flat = torch.zeros(count(entry.meta), dtype=entry.meta.dtype) if gradient is None else to_wire(gradient)
+                self.transport.send("up", desk.ranks[producer], flat)
+            for arrival in flight.arrivals.values():
+                if arrival.pulled and arrival.stage == producer and arrival.meta.requires_grad:
+                    gradient = arrival.gradient
+                    payload = None if gradient is None else (to_wire(gradient), gradient.stride())
+                    desk.mailbox.post(
+                        desk.ranks[producer], "gradient", (item.serial, arrival.name, desk.stage), payload
+                    )
+            if producer == desk.stage - 1 and not any(count(entry.meta) for entry in agreed):
+                desk.mailbox.post(desk.ranks[producer], "backward-done", item.serial)
+
+    def _gradient(self, flight: Flight, name: Name) -> Tensor | None:
+        arrival = flight.arrivals.get(name)
+        return None if arrival is None or arrival.pulled else arrival.gradient
+
+    def _tell_layouts(
+        self, producer: int, flight: Flight, agreed: list[Entry], gradients: dict[Name, Tensor | None]
+    ) -> None:
+        """Tell of gradients that are none, or laid out in memory in another way than before."""
+        item, news = flight.item, {}
+        for entry in agreed:
+            key = (producer, item.signature, entry.name)
+            gradient = gradients[entry.name]
+            layout: Layout = None if gradient is None else gradient.stride()
+            if self._told.get(key, dense_stride(entry.meta)) != layout:
+                self._told[key] = news[entry.name] = layout
+        if news:
+            what = f"stage {producer} (rank {self.desk.ranks[producer]}) to learn how some gradients are laid out"
+            self.desk.ask(producer, "layouts", item, (item.signature, news), what)
+
+    # -- answers, from the answering thread ----------------------------------------------------------------------
+
+    def _on_changed(self, source: int, key: Any, payload: Any) -> None:
+        serial, _, _ = key
+        producer, signature, changed, number = payload
+        with self.desk.lock:
+            known, posted = self._known[producer, signature], self._posted[producer]
+            known.changes.append((serial, changed))
+            change = (signature, changed, number, max(posted, serial - 1), posted)
+            if known.learned:
+                self._agreed[producer].change(*change)
+            else:
+                known.unheard.append(change)
+        self.desk.answer(source, key, posted)
+
+    def _on_answer(self, source: int, key: Any, payload: Any) -> None:
+        serial, kind, _, producer = key
+        with self.desk.lock:
+            if kind == "trace":
+                signature, trace, entries = payload
+                known = self._known[producer, signature]
+                known.trace = {**known.trace, **trace}
+                known.changes = [change for change in known.changes if change[0] > serial]
+                if not known.learned:
+                    known.learned = True
+                    self._agreed[producer].entries[signature] = entries
+                    for change in known.unheard:
+                        self._agreed[producer].change(*change)
+                payload = None
+            elif kind == "value":
+                *payload, signature, entry = payload
+                if entry is not None:
+                    self._agreed[producer].add(signature, entry)
+        self.desk.mailbox.post(self.desk.mailbox.rank, "answer", key, payload)
+
+
+class Peers:
+    """The inbox, for the step of one micro-batch."""
+
+    def __init__(self, inbox: Inbox, flight: Flight) -> None:
+        self.inbox, self.flight = inbox, flight
+
+    def record(self, stage: int, key: Key) -> Record:
+        """See :meth:`Inbox.record`."""
+        return self.inbox.record(self.flight, stage, key)
+
+    def value(self, remote: Remote) -> Tensor:
+        """See :meth:`Inbox.value`."""
+        return self.inbox.value(self.flight, remote)
