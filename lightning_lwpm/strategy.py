@@ -16,7 +16,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -43,6 +42,7 @@ from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import Stash, clip_by_norm
 from lightning_lwpm.training.hooks import Hooks
+from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
 from lightning_lwpm.training.logs import LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
@@ -159,9 +159,9 @@ class LWPMStrategy(ParallelStrategy):
         if self.num_processes * self.num_nodes == 1:
             return
         if self._start_method != "popen":
-            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
-        elif not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+        else:  # also where processes are there already: it tells all of them when one fails
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment this process's place; called by Lightning."""
@@ -175,6 +175,7 @@ class LWPMStrategy(ParallelStrategy):
         super().setup_environment()
         self._failed = False
         if self._mailbox is not None:
+            self._mailbox.resting = False
             return
         if self.world_size == 1:
             self._mailbox = Mailbox(0, 1, lambda value: [value])
@@ -464,10 +465,14 @@ class LWPMStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
-        if self._mailbox is not None and self._mailbox.failure is None:
-            self._mailbox.fail(f"rank {self._mailbox.rank} failed: {type(exception).__name__}: {exception}")
+        self.tell(exception)
         super().on_exception(exception)
+
+    def tell(self, exception: BaseException) -> None:
+        """Let every rank know of an exception that leaves Lightning's loop here."""
+        self._failed = True
+        if self._mailbox is not None:
+            self._mailbox.failed("", exception)
 
     @override
     def teardown(self) -> None:
@@ -479,6 +484,8 @@ class LWPMStrategy(ParallelStrategy):
             with self._told("merging the weights after the run"):
                 gather(self.mailbox, self._next(), self.lightning_module, self._engine.layout)
         self._engine = None
+        if self._mailbox is not None:
+            self._mailbox.resting = True
         super().teardown()
 
     @contextmanager
@@ -486,15 +493,13 @@ class LWPMStrategy(ParallelStrategy):
         """Tell all ranks of a failure in the block, so that none waits for this one."""
         try:
             yield
-        except LWPMError as error:
-            self._failed = True
-            self.mailbox.fail(f"rank {self.mailbox.rank} failed in {what}: {error}")
-            raise
         except Exception as error:
             self._failed = True
-            self.mailbox.check()
-            self.mailbox.fail(f"rank {self.mailbox.rank} failed in {what}: {type(error).__name__}: {error}")
-            raise
+            heard = self.mailbox.failure
+            failure = self.mailbox.failed(what, error)
+            if heard is not None and isinstance(error, LWPMError):
+                raise
+            raise failure from error
 
     @classmethod
     @override

@@ -27,7 +27,9 @@ def make_layout(root: nn.Module, probe: Probe, plan: PartitionPlan) -> Layout:
     parameters = {name: stages(where) for name, where in probe.parameters.items()}
     return Layout(
         num_stages=len(plan.stages),
-        units=tuple(_with_attributes(u, probe) for u in units_of(root, probe.spans, stage_of, parameters)),
+        units=tuple(
+            _with_attributes(u, probe) for u in units_of(root, probe.spans, stage_of, parameters, probe.hooked)
+        ),
         parameters=parameters,
         buffers={name: stages(where) for name, where in probe.buffers.items()},
     )

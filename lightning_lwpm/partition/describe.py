@@ -23,6 +23,7 @@ class Probe:
         parameters: Parameter name -> the positions that use it.
         buffers: The same for buffers that belong to a layer or were changed; others are constants, kept everywhere.
         attributes: Module name and attribute name of plain tensors that the step stored on modules.
+        hooked: Modules with forward hooks that do something with what they are given.
     """
 
     timeline: Timeline
@@ -30,6 +31,7 @@ class Probe:
     parameters: dict[str, tuple[int, ...]]
     buffers: dict[str, tuple[int, ...]]
     attributes: tuple[tuple[str, str], ...] = ()
+    hooked: tuple[str, ...] = ()
 
 
 def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.describe import Probe, describe
+from lightning_lwpm.partition.hooks import watching_hooks
 from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.undo import undone
 
@@ -58,10 +59,10 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
 
     names = {module: name for name, module in holders}
     handles = []
-    for _, module in holders:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    with undone(root) as stored:
+    with undone(root) as stored, watching_hooks(root, lambda: recorder.all_functions, (before, after)) as hooked:
+        for _, module in holders:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             with counter, recorder, recorder.watching_checkpoints():
                 step()
@@ -82,4 +83,5 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         parameters={n: where for n, where in seen.parameters.items() if n not in kept},
         buffers={n: where for n, where in seen.buffers.items() if n not in kept},
         attributes=attributes,
+        hooked=tuple(n for n, m in root.named_modules() if m in hooked),
     )

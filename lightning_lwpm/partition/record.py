@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lwpm.staging.remote import is_metadata
 from lightning_lwpm.staging.tree import tensors
 
 __all__ = ["Call", "Counter", "Recorder", "Region"]
@@ -45,6 +46,7 @@ class Recorder(TorchFunctionMode):
         self.named = named  # id of parameter or buffer -> its name
         self.clock = 0
         self.functions = 0
+        self.all_functions = 0  # also those of constants
         self.calls: list[Call] = []
         self.regions: list[Region] = []
         self.used: dict[str, list[int]] = defaultdict(list)
@@ -76,6 +78,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.all_functions += not is_metadata(func)
         depends = self.touch((args, kwargs))
         out = func(*args, **kwargs)
         if depends:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +64,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 def _saved(value: Any) -> Any:
     """What is needed to undo changes inside ``value``."""
-    if type(value) in (list, dict, set):
+    if type(value) in (list, dict, set, OrderedDict):  # hooks are kept in ordered dictionaries
         return value.copy()
     return value.detach().clone() if type(value) is Tensor else None
 
@@ -81,7 +82,7 @@ def _put_back(value: Any, saved: Any) -> Any:
     """Undo changes inside ``value``, which stays the same object."""
     if type(value) is list:
         value[:] = saved
-    elif type(value) in (dict, set):
+    elif type(value) in (dict, set, OrderedDict):
         value.clear()
         value.update(saved)
     elif type(value) is Tensor and value.shape == saved.shape:

@@ -46,6 +46,7 @@ class Engine:
         self.ranks = place(layout.num_stages)
         self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else None
         self.last = self.stage == layout.num_stages - 1
+        mailbox.introduce(self.ranks)
         self._serial = 0
         self._tables: dict[tuple[str, int], list[Any]] = {}
         seed = mailbox.broadcast("engine seed", torch.initial_seed(), what="the seed")

@@ -1,6 +1,5 @@
 """Runs one rank's row of a schedule's table: nothing here knows which schedule it is."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import Action
@@ -125,21 +124,14 @@ class Executor:
         """Tell all ranks of a failure in the block, and raise it with the words that they hear."""
         try:
             yield
-        except PipelineError as error:
-            if self.mailbox.failure is None:
-                self._fail(action, error)
-            raise
         except Exception as error:
-            self.mailbox.check()  # a broken connection is the echo of another rank's failure
-            raise PipelineError(self._fail(action, error)) from error
+            heard = self.mailbox.failure
+            failure = self.mailbox.failed(action if isinstance(action, str) else _tell(action), error)
+            if heard is not None and isinstance(error, LWPMError):
+                raise
+            raise failure from error
 
-    def _fail(self, action: Action | str, error: Exception) -> str:
-        names = {"F": "forward", "B": "backward"}
-        if isinstance(action, Action):
-            where = f"{names.get(action.kind, action.kind)} of micro-batch {action.microbatch}"
-        else:
-            where = action
-        text = f"stage {self.stage} (rank {self.mailbox.rank}) failed in {where}: {type(error).__name__}: {error}"
-        trace = "".join(traceback.format_exception(error))
-        self.mailbox.fail(f"{text}\n\nOn rank {self.mailbox.rank}:\n{trace}")
-        return self.mailbox.failure or text
+
+def _tell(action: Action) -> str:
+    names = {"F": "forward", "B": "backward"}
+    return f"{names.get(action.kind, action.kind)} of micro-batch {action.microbatch}"

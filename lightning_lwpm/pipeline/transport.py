@@ -9,6 +9,7 @@ aborting the group), so threads wait there, and the main thread waits for the th
 """
 
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 
 __all__ = ["Receive", "Transport"]
@@ -24,8 +26,8 @@ __all__ = ["Receive", "Transport"]
 class Receive:
     """A receive that has been posted."""
 
-    def __init__(self, mailbox: Mailbox, flat: Tensor) -> None:
-        self.mailbox, self.flat, self.done = mailbox, flat, threading.Event()
+    def __init__(self, mailbox: Mailbox, source: int, flat: Tensor) -> None:
+        self.mailbox, self.source, self.flat, self.done = mailbox, source, flat, threading.Event()
         self.error: BaseException | None = None
 
     def wait(self, what: str) -> Tensor:
@@ -34,12 +36,9 @@ class Receive:
         Raises:
             PipelineError: if any rank failed meanwhile.
         """
-        self.mailbox.wait(self.done, what)
+        self.mailbox.wait(self.done, what, self.source)
         if self.error is not None:
-            # the connection broke because a rank ended: its failure is on the way, and says more
-            threading.Event().wait(1.0)
-            self.mailbox.check()
-            raise self.error
+            raise _broken(self.mailbox, self.source, f"was to bring {what}", self.error) from self.error
         return self.flat
 
 
@@ -59,11 +58,11 @@ class Transport:
     def receive(self, direction: str, source: int, numel: int, dtype: torch.dtype) -> Receive:
         """Post a receive; the k-th posted for a pair and direction gets the k-th sent."""
         flat = torch.empty(numel, dtype=dtype)
-        receive = Receive(self.mailbox, flat)
+        receive = Receive(self.mailbox, source, flat)
         if numel == 0:
             receive.done.set()
             return receive
-        work = dist.irecv(_bytes(flat), source, group=self.groups[direction])
+        work = self._begin(dist.irecv, flat, source, direction)
         key = (direction, source)
         if key not in self._receives:
             self._receives[key] = _start(f"lwpm-{direction}-{source}")
@@ -74,15 +73,27 @@ class Transport:
         """Send a flat host tensor without waiting; it is kept alive until it has gone."""
         if flat.numel() == 0:
             return
-        work = dist.isend(_bytes(flat), target, group=self.groups[direction])
+        work = self._begin(dist.isend, flat, target, direction)
         if self._sends is None:
             self._sends = _start("lwpm-reaper")
         self._sends.put((work, flat))
+
+    def _begin(self, begin: Callable[..., Any], flat: Tensor, peer: int, direction: str) -> Any:
+        try:
+            return begin(_bytes(flat), peer, group=self.groups[direction])
+        except RuntimeError as error:
+            raise _broken(self.mailbox, peer, f"was to carry a tensor {direction}", error) from error
 
     def close(self) -> None:
         """End the waiting threads once all messages have gone."""
         for queue in [*self._receives.values(), *([self._sends] if self._sends else [])]:
             queue.put(None)
+
+
+def _broken(mailbox: Mailbox, peer: int, what: str, error: BaseException) -> PipelineError:
+    """A connection breaks when a rank ends: its failure is on the way, and says more."""
+    mailbox.echo(peer)
+    return PipelineError(f"the connection to {mailbox.names[peer]} broke, which {what}: {error}")
 
 
 def _bytes(flat: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Where every layer call, parameter and buffer of a model lives: the partition, applied to the module tree."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -50,6 +50,7 @@ def units_of(
     spans: Mapping[str, tuple[tuple[int, int] | None, ...]],
     stage_of: list[int],
     parameters: Mapping[str, tuple[int, ...]],
+    hooked: Collection[str] = (),
 ) -> Iterator[Unit]:
     """Find the largest modules of which every call lies in one stage.
 
@@ -61,6 +62,7 @@ def units_of(
             inside it; ``None`` where it made none.
         stage_of: The stage of each position of the timeline.
         parameters: The stages of each parameter.
+        hooked: Modules with forward hooks that act: they are not hidden inside a unit.
     """
     names = {id(p): name for name, p in root.named_parameters()}
     callers: dict[int, set[str]] = {}
@@ -75,14 +77,20 @@ def units_of(
             return
         seen.add(id(module))
         calls = spans.get(name, ())
-        if name and calls and all(span is not None and stage_of[span[0]] == stage_of[span[1]] for span in calls):
+        hiding = any(other.startswith(f"{name}.") for other in hooked)
+        if (
+            name
+            and calls
+            and not hiding
+            and all(span is not None and stage_of[span[0]] == stage_of[span[1]] for span in calls)
+        ):
             inside = {p for span in calls if span for p in range(span[0], span[1] + 1)}
             below = [n for n, child in module.named_modules(prefix=name) if n != name and n in spans]
             # a child that something else calls too cannot disappear inside this unit
             if all(p in inside for n in below for span in spans[n] if span for p in range(span[0], span[1] + 1)):
                 yield Unit(name, tuple(stage_of[span[0]] for span in calls if span))
                 return
-        if name and not any(n in spans for n, _ in module.named_modules(prefix=name)):
+        if name and not hiding and not any(n in spans for n, _ in module.named_modules(prefix=name)):
             homes = {parameters[names[id(p)]] for p in module.parameters()}
             if len(homes) == 1:
                 yield Unit(name, homes.pop()[:1])

@@ -58,9 +58,9 @@ class Placeholder(Tensor):
             return args[0]
         if any(not isinstance(tensor, Placeholder) and tensor.dim() for tensor in tensors((args, kwargs))):
             raise RuntimeError(
-                f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the pipeline: "
-                "this code uses a layer in a stage where it was not used when the model was partitioned. Name the layers "
-                "that begin a stage in `partition=[...]` so that all its uses share a stage."
+                f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the "
+                "pipeline: this code uses a layer in a stage where it was not used when the model was partitioned. "
+                "Name the layers that begin a stage in `partition=[...]` so that all its uses share a stage."
             )
         out = func(*meta_args, **meta_kwargs)
         target = torch.device(device) if device is not None else found[0].device

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.data import has_tickets
-from lightning_lwpm.training.logs import adopt_results, results_of
+from lightning_lwpm.training.private import adopt_epoch, epoch_of
 
 __all__ = ["Hooks"]
 
@@ -62,9 +62,9 @@ class Hooks:
         key = ("results", self._turn)
         if self.real:
             out = original(*args, **kwargs)
-            self.mailbox.post_all("results", key, results_of(self.trainer))
+            self.mailbox.post_all("results", key, epoch_of(self.trainer))
             return out
-        adopt_results(self.trainer, self.mailbox.take("results", key, "the metrics of this epoch from rank 0"))
+        adopt_epoch(self.trainer, self.mailbox.take("results", key, "the metrics of this epoch from rank 0"))
         return None
 
     def _batch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,119 @@
+"""Every private name of Lightning that the library touches, in one place, each with its reason.
+
+`tests/training/test_private_names.py` fails with the name where a new version of Lightning lacks one of them.
+"""
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch import Tensor
+
+__all__ = [
+    "BEFORE_TRANSFER",
+    "EpochState",
+    "MultiProcessingLauncher",
+    "PathLike",
+    "SubprocessScriptLauncher",
+    "adopt_epoch",
+    "before_transfer",
+    "epoch_of",
+    "epoch_values",
+    "init_connection",
+    "optimizers_to_device",
+    "skips_backward",
+]
+
+# What every strategy of Lightning imports; there are no public names for them.
+init_connection = _init_dist_connection
+optimizers_to_device = _optimizers_to_device
+MultiProcessingLauncher = _MultiProcessingLauncher
+SubprocessScriptLauncher = _SubprocessScriptLauncher
+PathLike = _PATH
+
+# The loops call it on each batch before `batch_to_device`; what stands for a batch must not reach the user's hook.
+BEFORE_TRANSFER = "_on_before_batch_transfer"
+
+
+def before_transfer(module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """Run the user's ``on_before_batch_transfer`` as a loop does."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether this pass over the data only updates BatchNorm, as stochastic weight averaging has it."""
+    return trainer.fit_loop._skip_backward
+
+
+EpochState = dict[str, Any]
+
+
+def epoch_values(trainer: Trainer) -> list[tuple[str, str, str, Tensor, dict[str, Any]]]:
+    """Key, hook, name, value and options of all that the epoch has logged so far: Lightning's own collection.
+
+    The collection is ``trainer._results``; there is no public way to what has been logged but not yet computed.
+    """
+    values = []
+    for key, item in (trainer._results or {}).items():
+        meta = item.meta
+        if item.has_reset or not meta.on_epoch or meta.dataloader_idx is not None:
+            continue
+        value = item._computed if item._computed is not None else item.compute()
+        options = {
+            name: getattr(meta, name)
+            for name in ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "add_dataloader_idx")
+        }
+        values.append((key, meta.fx, meta.name, torch.as_tensor(value).detach().cpu(), options))
+    return values
+
+
+def epoch_of(trainer: Trainer) -> EpochState:
+    """All that rank 0 knows at the end of an epoch and other ranks may not.
+
+    Some of it is in the connector's dicts only, such as values of an evaluation loader that ended before the last one.
+    """
+    values = epoch_values(trainer)
+    connector = trainer._logger_connector
+    callback, logged, bar = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
+    assert callback is connector._callback_metrics and logged is connector._logged_metrics
+    return {
+        "values": values,
+        "dicts": (_on_host(callback), _on_host(logged), dict(bar)),
+        "outputs": None if trainer.training else [_on_host(part) for part in trainer._evaluation_loop._logged_outputs],
+        "stop": trainer.should_stop,
+    }
+
+
+def adopt_epoch(trainer: Trainer, state: EpochState) -> None:
+    """Make what this rank knows what rank 0 knows."""
+    results = trainer._results
+    if results is None:
+        return
+    for key, fx, name, value, options in state["values"]:
+        item = results.get(key)
+        if item is None:
+            results.log(fx, name, value, batch_size=1, **options)
+        elif item.is_tensor:
+            item.value, item._computed, item.has_reset = value.to(item.value.device), None, False
+            if item.meta.is_mean_reduction:
+                item.cumulated_batch_size = torch.tensor(1, device=item.value.device)
+    connector = trainer._logger_connector
+    _ = trainer.callback_metrics  # what this rank has itself goes first
+    for mine, theirs in zip(
+        (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics),
+        state["dicts"],
+        strict=True,
+    ):
+        mine.update(theirs)
+    if state["outputs"] is not None:
+        trainer._evaluation_loop._logged_outputs = state["outputs"]
+    trainer.should_stop = state["stop"]
+
+
+def _on_host(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+

@@ -1,0 +1,104 @@
+"""The probe sees what a step uses and does, and leaves nothing behind."""
+
+import random
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_lwpm.partition.apply import make_layout
+from lightning_lwpm.partition.plan import make_plan
+from lightning_lwpm.partition.probe import Probe, probe
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(4))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(3))
+        self.norm = nn.BatchNorm1d(4)
+        self.unused = nn.Linear(4, 4)
+        self.calls = 0
+        self.log: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.log.append(self.calls)
+        self.last = x
+        x = x + self.token * random.random()
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.norm(x)
+
+
+def look(net: nn.Module) -> Probe:
+    return probe(net, lambda: net(torch.randn(3, 4)).sum())
+
+
+def units(net: nn.Module, stages: int) -> list[str]:
+    seen = look(net)
+    return [unit.name for unit in make_layout(net, seen, make_plan(seen.timeline, stages, "auto", range(stages))).units]
+
+
+def test_names_the_layers_in_order() -> None:
+    seen = look(Net())
+    names = [f"blocks.{i}.{j}" for i in range(3) for j in (0, 2)]
+    assert [call.name for call in seen.timeline.calls] == [*names, "norm"]
+    assert seen.spans["blocks.1"] == ((2, 3),)
+
+
+def test_says_where_parameters_are_used() -> None:
+    seen = look(Net())
+    assert seen.parameters["token"] == (0,)
+    assert seen.parameters["blocks.2.0.weight"] == (4,)
+    assert seen.parameters["unused.weight"] == (6,)  # with its neighbour
+    assert seen.buffers["norm.running_mean"] == (6,)
+
+
+def test_leaves_nothing_behind() -> None:
+    net = Net()
+    net.blocks[0].register_forward_hook(lambda *_: None)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in net.named_modules()}
+    hooks = {name: list(module._forward_hooks.values()) for name, module in net.named_modules()}
+    states = random.getstate(), torch.get_rng_state()
+    probe(net, lambda: net(torch.ones(3, 4)).sum())
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert (net.calls, net.log) == (0, [])
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == attributes
+    assert {name: list(module._forward_hooks.values()) for name, module in net.named_modules()} == hooks
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_hooks_registered_by_the_step_go_with_it() -> None:
+    """`transformers` registers hooks in the first forward and marks the model: both or neither must stay."""
+    net = Net()
+    net.register_forward_pre_hook(lambda module, _: module.blocks[0].register_forward_hook(lambda *_: None) and None)
+    look(net)
+    assert not net.blocks[0]._forward_hooks
+
+
+def test_does_not_cut_what_is_recomputed_as_a_whole() -> None:
+    allowed = look(Net()).timeline.allowed
+    assert allowed == (True, False, True, False, True, False, True)
+
+
+def test_an_idle_hook_hides_in_a_unit() -> None:
+    net = Net()
+    net.blocks[0][2].register_forward_hook(lambda module, args, output: None)
+    assert units(net, 1) == ["blocks.0", "blocks.1", "blocks.2", "norm", "unused"]
+
+
+def test_a_hook_that_keeps_its_output_does_not() -> None:
+    net, kept = Net(), []
+    net.blocks[0][2].register_forward_hook(lambda module, args, output: kept.append(output))
+    assert units(net, 1) == ["blocks.0.0", "blocks.0.2", "blocks.1", "blocks.2", "norm", "unused"]
+
+
+def test_a_hook_that_computes_does_not() -> None:
+    net = Net()
+    sums: list[Any] = []
+    net.blocks[1][1].register_forward_hook(lambda module, args, output: sums.append(output.sum()))
+    assert units(net, 1) == ["blocks.0", "blocks.1.0", "blocks.1.2", "blocks.2", "norm", "unused"]
