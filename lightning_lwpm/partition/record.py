@@ -78,7 +78,9 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.all_functions += not is_metadata(func)
+        if is_metadata(func):
+            return func(*args, **kwargs)
+        self.all_functions += 1
         depends = self.touch((args, kwargs))
         out = func(*args, **kwargs)
         if depends:
@@ -135,4 +137,5 @@ class Counter(TorchDispatchMode):
 
 def storage(tensor: Tensor) -> int:
     """What tells whether two tensors share memory."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    with torch._C.DisableTorchFunction():  # called by hooks too, while functions are counted
+        return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -80,7 +80,7 @@ class Placeholder(Tensor):
 
 
 def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of lists of tensors, for the real ones among them: placeholders in the first list stay placeholders."""
+    """A function of lists of tensors, for the real ones among them: placeholders of the first list stay."""
     lists = [i for i, arg in enumerate(args) if isinstance(arg, list | tuple) and len(arg) == len(args[0])]
     real = [j for j, tensor in enumerate(args[0]) if not isinstance(tensor, Placeholder)]
     picked = [[arg[j] for j in real] if i in lists else arg for i, arg in enumerate(args)]
