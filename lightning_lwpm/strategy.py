@@ -1,7 +1,6 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 import atexit
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,43 +9,32 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer import Trainer
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.checkpoint import held_states, merge_checkpoint
-from lightning_lwpm.errors import ConfigurationError, LWPMError
+from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.options import check_options
-from lightning_lwpm.partition.apply import make_layout
-from lightning_lwpm.partition.plan import PartitionPlan, make_plan
-from lightning_lwpm.partition.probe import Probe
+from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
-from lightning_lwpm.report import show_plan
-from lightning_lwpm.staging.batch import Batch
-from lightning_lwpm.staging.layout import Layout
-from lightning_lwpm.staging.placeholder import is_placeholder
-from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
-from lightning_lwpm.training.gradients import Stash, clip_by_norm
+from lightning_lwpm.training.gradients import clip_by_norm
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
-from lightning_lwpm.training.logs import LogBook, sendable
-from lightning_lwpm.training.metrics import Metrics
-from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
-from lightning_lwpm.training.planning import look, setup_loaders
+from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.planning import Planner
+from lightning_lwpm.training.private import PathLike, init_connection, optimizers_to_device
+from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import gather, hand_out
 
 __all__ = ["LWPMStrategy"]
@@ -106,7 +94,7 @@ class LWPMStrategy(ParallelStrategy):
             process_group_backend=process_group_backend,
             start_method=start_method,
         )
-        self.num_microbatches, self.schedule, self.partition = num_microbatches, schedule, partition
+        self.num_microbatches, self.schedule = num_microbatches, schedule
         self.patience = patience
         self._timeout = timeout or timedelta(minutes=30)
         self._start_method = start_method
@@ -114,12 +102,12 @@ class LWPMStrategy(ParallelStrategy):
         self._mailbox: Mailbox | None = None
         self._transport: Transport | None = None
         self._turn = 0
+        self._planner = Planner(partition)
         self._feed: Feed | None = None
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
+        self._steps: Steps | None = None
         self._failed = False
-        self._seen: tuple[int, Probe] | None = None
-        self.plan: PartitionPlan | None = None
 
     # -- processes -----------------------------------------------------------------------------------------------
 
@@ -182,7 +170,7 @@ class LWPMStrategy(ParallelStrategy):
             return
         self.set_world_ranks()
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, "gloo", timeout=self._timeout)
+        init_connection(self.cluster_environment, "gloo", timeout=self._timeout)
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
         self._transport = Transport(self._mailbox, {way: dist.new_group() for way in ("down", "up")})
         atexit.register(self._mailbox.close)
@@ -205,58 +193,31 @@ class LWPMStrategy(ParallelStrategy):
             check_module(module, fitting, self.global_rank == 0)
             self.model = self.precision_plugin.convert_module(self.model)
             self._feed = Feed(
-                self.mailbox,
-                2 * self.world_size,
-                self._prepare,
-                self._is_evaluating,
-                self._eval_limit,
-                self.root_device,
+                self.mailbox, Loop(trainer, module, self.precision_plugin, self.root_device), ahead=2 * self.world_size
             )
             if fitting:
                 self.setup_optimizers(trainer)
                 check_optimizers(self.optimizers)
-            layout = self._partition(trainer)
+            count = self._count(self.world_size)
+            layout = self._planner.layout(trainer, module, self._feed, self.mailbox, self._next(), count)
+            if self.world_size > 1:
+                hand_out(self.mailbox, self._next(), module, layout, self.optimizers)
             self.model_to_device()
             self.setup_precision_plugin()
             if fitting:
-                _optimizers_to_device(self.optimizers, self.root_device)
+                optimizers_to_device(self.optimizers, self.root_device)
             self._engine = Engine(self.mailbox, self._transport, module, layout, self.root_device, self.schedule)
-            self._metrics = Metrics(module, self._engine.last)
-            self._book = LogBook(module, self.mailbox)
-            held = [(n, p) for n, p in module.named_parameters() if not is_placeholder(p)]
-            self._stash = Stash([p for _, p in held], [p for n, p in held if n in layout.shared])
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
                 self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+            count = self._count(layout.num_stages)
+            self._steps = Steps(trainer, module, self._engine, self._feed, self._hooks, self.precision_plugin, count)
 
-    def _partition(self, trainer: Trainer) -> Layout:
-        """Look at the step on rank 0, make the plan everywhere, and keep this rank's share of the weights."""
-        module = self.lightning_module
-        assert module is not None and self._feed is not None
-        if self.world_size == 1:
-            names = [name for name, _ in module.named_parameters()]
-            return Layout(1, (), dict.fromkeys(names, (0,)))
-        loaders = setup_loaders(trainer)
-        if self._seen is None or self._seen[0] != id(module):
-            seen: Any = None
-            if self.global_rank == 0:
-                try:
-                    to_host = functools.partial(self._prepare, device=torch.device("cpu"))
-                    seen = look(trainer, module, self._feed, loaders, to_host, self._count(self.world_size))
-                except ConfigurationError as error:
-                    seen = error
-            seen = self.mailbox.broadcast(self._next(), seen, what="the description of the model")
-            if isinstance(seen, ConfigurationError):
-                raise seen
-            self._seen = (id(module), seen)
-        seen = self._seen[1]
-        self.plan = make_plan(seen.timeline, self.world_size, self.partition, place_stages)
-        layout = make_layout(module, seen, self.plan)
-        if trainer.state.fn == TrainerFn.FITTING:
-            show_plan(self.plan, self.global_rank)
-        hand_out(self.mailbox, self._next(), module, layout, self.optimizers)
-        return layout
+    @property
+    def plan(self) -> PartitionPlan | None:
+        """Which stage runs which layers; ``None`` before the first run."""
+        return self._planner.plan
 
     @override
     def model_to_device(self) -> None:
@@ -267,8 +228,6 @@ class LWPMStrategy(ParallelStrategy):
         if self.num_microbatches == "auto":
             return 4 * stages if stages > 1 else 1
         return self.num_microbatches
-
-    # -- data ----------------------------------------------------------------------------------------------------
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -284,129 +243,39 @@ class LWPMStrategy(ParallelStrategy):
             batch, lambda raw: super(LWPMStrategy, self).batch_to_device(raw, device, dataloader_idx)
         )
 
-    def _prepare(self, batch: Any, device: torch.device | None = None) -> Any:
-        """Lightning's way of a batch from the loader to the device, hooks included."""
-        module = self.lightning_module
-        assert module is not None
-        batch = self.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return super().batch_to_device(batch, device or self.root_device, 0)
-
-    def _is_evaluating(self) -> bool:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.state.stage != RunningStage.TRAINING
-
-    def _eval_limit(self) -> float:
-        """How many batches of one evaluation loader the loop will use."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        counts = {
-            RunningStage.SANITY_CHECKING: lambda: trainer.num_sanity_val_batches,
-            RunningStage.VALIDATING: lambda: trainer.num_val_batches,
-            RunningStage.TESTING: lambda: trainer.num_test_batches,
-            RunningStage.PREDICTING: lambda: trainer.num_predict_batches,
-        }[trainer.state.stage]()  # type: ignore[index]
-        return max(counts) if isinstance(counts, list) and counts else float("inf")
-
     # -- steps ---------------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> Steps:
+        """Runs the user's steps; there while a run is."""
+        assert self._steps is not None
+        return self._steps
+
     @override
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        module, engine, book = self.lightning_module, self._engine, self._book
-        assert module is not None and engine is not None and self._feed is not None
-        loop = module.trainer.fit_loop
-        split = Batch.of(batch, self._count(engine.layout.num_stages))
-        losses: list[Tensor] = []
-        scale = 1 / module.trainer.accumulate_grad_batches
-        scaler = getattr(self.precision_plugin, "scaler", None)
-
-        def forward(micro: Any, i: int) -> Any:
-            book.microbatch(split.sizes[i])
-            with self.precision_plugin.train_step_context(), self._metrics.in_step(_step(engine)):
-                out = module.training_step(micro, *args, **kwargs)
-            if engine.last:
-                losses.append(loss_of(out, self._last_layer()))
-            return out
-
-        def backward(out: Any, i: int) -> None:
-            share = split.weights[i] * scale
-            loss = losses[i] if share == 1 else losses[i] * share
-            module.backward(loss if scaler is None else scaler.scale(loss))
-
-        window_begins = loop.batch_idx % module.trainer.accumulate_grad_batches == 0
-        self._stash.begin(zeroed=window_begins)
-        fetch = self._fetcher(split)
-        with book.recording():
-            if loop._skip_backward:  # private: SWA's pass over the data that only updates BatchNorm
-                outputs = engine.evaluate(split, forward, fetch, "train")
-            else:
-                outputs = engine.train(split, forward, backward, fetch)
-        self._stash.end()
-        return self._share(split, outputs, losses)
-
-    def _share(self, split: Batch, outputs: list[Any], losses: list[Tensor]) -> Any:
-        """Give the loss and the logs of a batch to every rank, and log them there."""
-        assert self._feed is not None
-        key = self._next()
-        if self.mailbox.rank == 0:
-            entries = self._book.merged(split.samples)
-            merged = merge_outputs(outputs, losses, split.sizes)
-            if self.world_size > 1:
-                self.mailbox.post_all("step", key, (mean_loss(losses, split.sizes), sendable(entries)))
-                self._feed.used("train")
-        else:
-            merged, entries = self.mailbox.take("step", key, "the loss of this batch from rank 0")
-            merged = merged.to(self.root_device)
-        self._book.replay(entries)
-        return merged
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.steps.train(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self._stash.hand_over()
+        self.steps.stash.hand_over()
         closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation_step", self.precision_plugin.val_step_context, *args, **kwargs)
+        return self.steps.evaluate("validation_step", self.precision_plugin.val_step_context, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test_step", self.precision_plugin.test_step_context, *args, **kwargs)
+        return self.steps.evaluate("test_step", self.precision_plugin.test_step_context, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
-
-    def _evaluate(self, name: str, context: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """One batch of evaluation, whole; stages work on consecutive batches at the same time."""
-        module, engine = self.lightning_module, self._engine
-        assert module is not None and engine is not None and self._feed is not None
-        split = Batch.of(batch, 1)
-
-        def forward(micro: Any, _: int) -> Any:
-            with context(), self._metrics.in_step(_step(engine)), self._logs_aside(engine):
-                return getattr(module, name)(micro, *args, **kwargs)
-
-        out = engine.evaluate(split, forward, self._fetcher(split), name)[0]
-        if self.mailbox.rank == 0:
-            self._feed.used("ahead")
-        return out
-
-    def _fetcher(self, split: Batch) -> Any:
-        feed = self._feed
-        assert feed is not None
-        return lambda index: feed.fetch(split.absent[index])
-
-    def _logs_aside(self, engine: Engine) -> Any:
-        return self._book.in_evaluation(_step(engine), engine.last)
-
-    def _last_layer(self) -> str:
-        return self.plan.stages[-1].calls[0][0] if self.plan is not None else "the first"
+        return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         clip_by_norm(self.mailbox, self._next(), self.precision_plugin.main_params(optimizer), float(clip_val))
@@ -447,7 +316,9 @@ class LWPMStrategy(ParallelStrategy):
     # -- state ---------------------------------------------------------------------------------------------------
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
+    ) -> None:
         with self._told("saving a checkpoint"):
             merged = merge_checkpoint(self.mailbox, self._next(), checkpoint)
         if self.is_global_zero:
@@ -483,7 +354,7 @@ class LWPMStrategy(ParallelStrategy):
         if not self._failed and self._engine is not None and self.world_size > 1:
             with self._told("merging the weights after the run"):
                 gather(self.mailbox, self._next(), self.lightning_module, self._engine.layout)
-        self._engine = None
+        self._engine = self._steps = None
         if self._mailbox is not None:
             self._mailbox.resting = True
         super().teardown()
@@ -517,11 +388,6 @@ class LWPMStrategy(ParallelStrategy):
                     description=f"Layer-wise model parallelism with `start_method` '{start_method}'",
                     start_method=start_method,
                 )
-
-
-def _step(engine: Engine) -> StagedStep | None:
-    """The step that runs now."""
-    return engine.executor.step if engine.executor is not None else None
 
 
 def _gather_once(value: Any) -> list[Any]:

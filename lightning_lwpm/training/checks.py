@@ -37,8 +37,8 @@ def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> No
         )
     if first_rank and any(is_placeholder(tensor) for _, tensor in named_tensors(module)):
         raise ConfigurationError(
-            f"{name} still lacks the weights of other ranks, because an earlier run ended with an error. Build it anew, "
-            "or load it from a checkpoint."
+            f"{name} still lacks the weights of other ranks, because an earlier run ended with an error. Build it "
+            "anew, or load it from a checkpoint."
         )
 
 

@@ -26,6 +26,7 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
+from lightning_lwpm.training.loop import Loop
 
 __all__ = ["Feed", "Ticket", "has_tickets"]
 
@@ -43,24 +44,12 @@ class Feed:
 
     Args:
         mailbox: The control connections.
+        loop: What Lightning's loop is doing.
         ahead: How many batches are read and sent ahead in evaluation.
-        prepare: Runs Lightning's transfer hooks on a raw batch, on the reading rank.
-        evaluating: Whether the loop that iterates now is one of evaluation.
-        limit: How many batches of an evaluation loader will be used at most.
-        device: Where batches go.
     """
 
-    def __init__(
-        self,
-        mailbox: Mailbox,
-        ahead: int,
-        prepare: Callable[[Any], Any],
-        evaluating: Callable[[], bool],
-        limit: Callable[[], float],
-        device: torch.device,
-    ) -> None:
-        self.mailbox, self.ahead, self.prepare = mailbox, ahead, prepare
-        self.evaluating, self.limit, self.device = evaluating, limit, device
+    def __init__(self, mailbox: Mailbox, loop: Loop, ahead: int) -> None:
+        self.mailbox, self.loop, self.ahead, self.device = mailbox, loop, ahead, loop.device
         self.reads = mailbox.rank == 0
         self._streams = 0
         self._number = {"train": 0, "ahead": 0}
@@ -197,7 +186,7 @@ class _Source:
     _lwpm: tuple[Feed, int, list[int], list[Any]]
 
     def peek(self) -> Any:
-        """The first batch; iterating afterwards gives it again, so that a stream that can be read once loses nothing."""
+        """The first batch; iterating afterwards gives it again, so that a stream read once loses nothing."""
         peeked = self._lwpm[3]
         iterator = super().__iter__()  # type: ignore[misc]
         peeked[:] = [iterator, next(iterator)]
@@ -216,7 +205,7 @@ class _Source:
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, _ = self._lwpm
         rounds[0] += 1
-        return self._evaluation(stream, rounds[0]) if feed.evaluating() else self._training(stream, rounds[0])
+        return self._evaluation(stream, rounds[0]) if feed.loop.evaluating() else self._training(stream, rounds[0])
 
     def _training(self, stream: int, turn: int) -> Iterator[Any]:
         feed = self._lwpm[0]
@@ -231,7 +220,8 @@ class _Source:
         feed = self._lwpm[0]
         feed.forget_ahead()
         window: deque[Ticket] = deque()
-        limit = feed.limit()
+        index = feed.loop.index(self)
+        limit = feed.loop.limit(index)
         items = iter(self._items())
         count = 0
         while True:
@@ -240,7 +230,7 @@ class _Source:
                 if item is _END:
                     limit = count
                     break
-                value = feed.prepare(item)
+                value = feed.loop.transfer(item, index)
                 number = feed.send_ahead(value)
                 feed.mailbox.post_all("more", (stream, turn, count), number)
                 window.append(Ticket(value))

@@ -1,23 +1,35 @@
-"""The user's hooks that look at outputs or metrics run where those are real, and their logs reach every rank.
+"""The user's hooks that look at outputs or metrics run where those are real, and what they log or decide reaches all.
+
+    on_..._batch_end of the module     rank 0; in training, its logs and its decision to stop reach all at once
+    on_..._epoch_end of the module     rank 0; then logs, decisions, frozen layers, learning rates reach all
+    the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
 
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
+import copy
 import functools
+import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.data import has_tickets
-from lightning_lwpm.training.private import adopt_epoch, epoch_of
+from lightning_lwpm.training.logs import sendable
+from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, epoch_of
 
 __all__ = ["Hooks"]
 
 _EPOCH_ENDS = ("on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end")
 _BATCH_ENDS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
+# Lightning sees a process group and cannot know that all ranks hold the same values.
+_ADVICE = r"It is recommended to use `self\.log\(.*sync_dist=True\)`"
 
 
 class Hooks:
@@ -32,51 +44,90 @@ class Hooks:
     def __init__(self, module: LightningModule, trainer: Trainer, mailbox: Mailbox) -> None:
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
-        self._installed: list[str] = []
+        self._before_callbacks = _BeforeCallbacks(self)
         self._turn = 0
 
     def install(self) -> None:
         """Replace the hooks."""
         for name in _EPOCH_ENDS:
-            self._replace(name, self._epoch_end)
+            if is_overridden(name, self.module):
+                self._replace(name, self._epoch_end)
         for name in _BATCH_ENDS:
-            if is_overridden(name, self.module, LightningModule):
+            if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
-        # private: Lightning calls it on every batch before `batch_to_device`; a ticket has been through it
-        self._replace("_on_before_batch_transfer", self._before_transfer)
+        self._replace(BEFORE_TRANSFER, self._before_transfer)
+        self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
+        if not self.real:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, BasePredictionWriter):
+                    callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
+        warnings.filterwarnings("ignore", _ADVICE)
 
     def remove(self) -> None:
         """Put the hooks back."""
-        for name in self._installed:
-            self.module.__dict__.pop(name, None)
-        self._installed = []
+        for name in (*_EPOCH_ENDS, *_BATCH_ENDS, BEFORE_TRANSFER):
+            if isinstance(self.module.__dict__.get(name), _Replaced):
+                del self.module.__dict__[name]
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if callback is not self._before_callbacks]
+        for callback in callbacks:
+            for name in ("write_on_batch_end", "write_on_epoch_end"):
+                if callback.__dict__.get(name) is _nothing:
+                    del callback.__dict__[name]
+
+    def outputs_wanted(self, name: str) -> bool:
+        """Whether a callback of the user may look at the outputs of a step, so that every rank needs them.
+
+        Args:
+            name: The hook that gets them, such as "on_train_batch_end".
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            users = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm."))
+            if (users or isinstance(callback, LambdaCallback)) and is_overridden(name, callback):
+                return True
+        return False
+
+    def share_epoch(self) -> None:
+        """Everything that the epoch has logged, from rank 0 to the others."""
+        self._turn += 1
+        key = ("epoch", self._turn)
+        if self.real:
+            self.mailbox.post_all("epoch", key, epoch_of(self.trainer))
+        else:
+            adopt_epoch(self.trainer, self.mailbox.take("epoch", key, "the metrics of this epoch from rank 0"))
 
     def _replace(self, name: str, run: Callable[..., Any]) -> None:
         original = getattr(self.module, name)
-        self.module.__dict__[name] = functools.wraps(original)(functools.partial(run, original))
-        self._installed.append(name)
+        self.module.__dict__[name] = functools.update_wrapper(_Replaced(self.module, name, run, original), original)
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """On rank 0 run it, and give everything the epoch has logged to the others."""
+        """On rank 0 run it, and give what it has logged and set to the others."""
+        out = original(*args, **kwargs) if self.real else None
         self._turn += 1
-        key = ("results", self._turn)
+        key = ("settings", self._turn)
         if self.real:
-            out = original(*args, **kwargs)
-            self.mailbox.post_all("results", key, epoch_of(self.trainer))
-            return out
-        adopt_epoch(self.trainer, self.mailbox.take("results", key, "the metrics of this epoch from rank 0"))
-        return None
+            self.mailbox.post_all("settings", key, _settings(self.module, self.trainer))
+        else:
+            _adopt_settings(
+                self.module, self.trainer, self.mailbox.take("settings", key, "what a hook of rank 0 has set")
+            )
+        if not self.trainer.predicting:
+            self.share_epoch()
+        return out
 
     def _batch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run it on rank 0; in training, what it logs reaches the others at once."""
-        training = self.trainer.training
-        self._turn += training
+        if not self.trainer.training:
+            return original(*args, **kwargs) if self.real else None
+        self._turn += 1
         key = ("hook", self._turn)
         if not self.real:
-            for name, value, options in self.mailbox.take("hook", key, "the logs of a hook") if training else ():
+            entries, stop = self.mailbox.take("hook", key, "what a hook of rank 0 has logged")
+            for name, value, options in entries:
                 self.module.log(name, value, **options)
+            self.trainer.should_stop = stop
             return None
-        entries: list[Any] = []
+        entries = []
         log = self.module.log
 
         def note(name: str, value: Any, *more: Any, **options: Any) -> None:
@@ -88,10 +139,75 @@ class Hooks:
             out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
-        if training:
-            self.mailbox.post_all("hook", key, entries)
+        self.mailbox.post_all("hook", key, (sendable(entries), self.trainer.should_stop))
         return out
 
     @staticmethod
     def _before_transfer(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """A ticket stands for a batch that has been through the user's hook, or will be on rank 0."""
         return batch if has_tickets(batch) else original(batch, *args, **kwargs)
+
+
+class _Replaced:
+    """Stands in for a hook of a module. A copy of the module gets its own hook back."""
+
+    __wrapped__: Any  # Lightning looks through it to see whether the user has overridden the hook
+
+    def __init__(self, module: LightningModule, name: str, run: Callable[..., Any], original: Any) -> None:
+        self.module, self.name, self.run, self.original = module, name, run, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.module))
+        if owner is None or not isinstance(self.original, MethodType):
+            return self.original
+        return MethodType(self.original.__func__, owner)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, self.name)
+
+
+class _BeforeCallbacks(Callback):
+    """The first of all callbacks: those after it find the same metrics on every rank."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.hooks = hooks
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.share_epoch()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.share_epoch()
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.share_epoch()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.copy(self)
+
+
+def _settings(module: LightningModule, trainer: Trainer) -> tuple[list[bool], list[list[dict[str, Any]]]]:
+    """What a hook may have set that decides on the steps to come: frozen parameters, options of optimizers."""
+    groups = [
+        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    return [parameter.requires_grad for parameter in module.parameters()], groups
+
+
+def _adopt_settings(module: LightningModule, trainer: Trainer, settings: Any) -> None:
+    trainable, optimizers = settings
+    for parameter, requires_grad in zip(module.parameters(), trainable, strict=True):
+        parameter.requires_grad_(requires_grad)
+    for optimizer, groups in zip(trainer.optimizers, optimizers, strict=True):
+        for group, options in zip(optimizer.param_groups, groups, strict=False):
+            group.update(options)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a prediction writer does on a rank that has no predictions."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
+
+from lightning_lwpm.training.private import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
 
@@ -24,7 +24,7 @@ class _Telling:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.function(*args, **kwargs)
-        except _TunerExitException:
+        except TunerExit:
             raise  # a way to end, taken by all ranks
         except BaseException as error:
             if self.trainer is not None:
@@ -32,7 +32,7 @@ class _Telling:
             raise
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(SubprocessScriptLauncher):
     """Runs the script once more for each further rank, unless all are there already."""
 
     @override
@@ -40,7 +40,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         return super().launch(_Telling(function, trainer), *args, trainer=trainer, **kwargs)
 
 
-class ProcessLauncher(_MultiProcessingLauncher):
+class ProcessLauncher(MultiProcessingLauncher):
     """Starts a process for each rank by ``multiprocessing``."""
 
     @override

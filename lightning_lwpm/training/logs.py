@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -60,12 +60,8 @@ class LogBook:
         """What is logged from now on comes from a micro-batch of so many samples."""
         self._weight = samples
 
-    def merged(self, samples: int | None) -> list[Entry]:
-        """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples.
-
-        Args:
-            samples: Samples of the whole batch, for Lightning's mean over the epoch.
-        """
+    def merged(self) -> list[Entry]:
+        """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples."""
         by_name: dict[str, list[tuple[float, Entry]]] = {}
         for weight, entry in self._entries:
             by_name.setdefault(entry[0], []).append((weight, entry))
@@ -75,8 +71,6 @@ class LogBook:
             weights = [call[2].get("batch_size") or weight for weight, call in calls]
             if kwargs.get("batch_size") is not None:
                 kwargs["batch_size"] = int(sum(weights))
-            elif samples is not None:
-                kwargs["batch_size"] = samples
             out.append(
                 (name, _reduce([call[1] for _, call in calls], weights, kwargs.get("reduce_fx", "mean")), kwargs)
             )
@@ -117,7 +111,12 @@ def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
 
 
 def sendable(entries: list[Entry]) -> list[Entry]:
-    """Entries for other ranks: a metric object becomes a number that the end of the epoch puts right."""
-    return [
-        (n, torch.tensor(0.0) if isinstance(v, Metric) else v, {**k, "metric_attribute": None}) for n, v, k in entries
-    ]
+    """Entries for other ranks: for a metric object its value in this step; the end of the epoch puts it right."""
+    return [(name, _value(value), {**options, "metric_attribute": None}) for name, value, options in entries]
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, Metric):
+        return value
+    step = value._forward_cache  # what Lightning itself logs for the step
+    return step.detach() if isinstance(step, Tensor) and step.numel() == 1 else torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""torchmetrics objects in a step: updated by the last stage only, on real values, and never synchronised over stages."""
+"""torchmetrics objects in a step: updated by the last stage only, on real values, never synchronised over stages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -12,20 +12,19 @@ from lightning_lwpm.staging.remote import localise
 __all__ = ["loss_of", "merge_outputs"]
 
 
-def loss_of(output: Any, last_layer: str) -> Tensor:
+def loss_of(output: Any) -> Tensor:
     """The loss in what ``training_step`` returned.
 
     Args:
         output: What it returned.
-        last_layer: The name of the last stage's first layer, for the message.
 
     Raises:
         ConfigurationError: if there is no loss that can be trained on.
     """
     if output is None:
         raise ConfigurationError(
-            "`training_step` returned None: skipping a batch is not possible in a pipeline, because other stages are at "
-            "work on it already. Return a loss of zero (`0 * loss`), or leave such batches out of the data."
+            "`training_step` returned None: skipping a batch is not possible in a pipeline, because other stages are "
+            "at work on it already. Return a loss of zero (`0 * loss`), or leave such batches out of the data."
         )
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
@@ -37,8 +36,8 @@ def loss_of(output: Any, last_layer: str) -> Tensor:
     if not loss.requires_grad:
         raise PipelineError(
             "the loss that `training_step` returned does not depend on the output of any trainable layer (it does not "
-            f"require a gradient), so there is nothing for the last stage (from layer '{last_layer}' on) to train. "
-            "Compute the loss from the model's output, outside `torch.no_grad()` and without `.detach()`."
+            "require a gradient), so there is nothing to train. Compute the loss from the model's output, outside "
+            "`torch.no_grad()` and without `.detach()`."
         )
     return loss
 

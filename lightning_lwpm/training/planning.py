@@ -2,20 +2,30 @@
 
 import random
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_lwpm.partition.apply import make_layout
+from lightning_lwpm.partition.plan import PartitionPlan, make_plan
 from lightning_lwpm.partition.probe import Probe, probe
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.schedule import place
+from lightning_lwpm.report import show_plan
 from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.data import Feed
+from lightning_lwpm.training.private import first_loaders
 
-__all__ = ["look", "setup_loaders"]
+__all__ = ["Planner"]
 
 _STEPS = {
     TrainerFn.FITTING: "training_step",
@@ -23,53 +33,109 @@ _STEPS = {
     TrainerFn.TESTING: "test_step",
     TrainerFn.PREDICTING: "predict_step",
 }
+_HOST = torch.device("cpu")
 
 
-def setup_loaders(trainer: Trainer) -> Any:
-    """Let Lightning set up the loaders of this run now (its loops find them done), and return them."""
+class Planner:
+    """Makes the layout of each run; what is known of a module is kept for its next run.
+
+    Args:
+        partition: "auto", or the names of the layers that begin a stage.
+
+    Attributes:
+        plan: The latest plan.
+    """
+
+    def __init__(self, partition: str | list[str]) -> None:
+        self.partition = partition
+        self.plan: PartitionPlan | None = None
+        self._known: tuple[weakref.ref[nn.Module], Any, bool, Probe] | None = None
+
+    def layout(
+        self, trainer: Trainer, module: LightningModule, feed: Feed, mailbox: Mailbox, key: Any, count: int
+    ) -> Layout:
+        """Look at the step on rank 0 and make the same layout on every rank.
+
+        Args:
+            trainer: Runs the step.
+            module: The whole module.
+            feed: Reads the first batch.
+            mailbox: The control connections.
+            key: Names this exchange; the same on all ranks.
+            count: Number of micro-batches.
+        """
+        if mailbox.world == 1:
+            return _whole(module)
+        loaders = _setup_loaders(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        seen = self._recall(module, fitting)
+        if seen is None:
+            seen = _look(trainer, module, feed, loaders, count) if mailbox.rank == 0 else None
+            seen = mailbox.broadcast(key, seen, what="the description of the model")
+            if seen is None:  # there is no batch, so nothing will run
+                return _whole(module)
+            self._known = weakref.ref(module), _form(module), fitting, seen
+        plan = make_plan(seen.timeline, mailbox.world, self.partition, place)
+        if fitting and plan != self.plan:
+            show_plan(plan, mailbox.rank)
+        self.plan = plan
+        return make_layout(module, seen, plan)
+
+    def _recall(self, module: nn.Module, fitting: bool) -> Probe | None:
+        """What was seen of this very module before; a step of training shows more than one of evaluation."""
+        if self._known is None:
+            return None
+        known, form, trained, seen = self._known
+        return seen if known() is module and form == _form(module) and trained >= fitting else None
+
+
+def _form(module: nn.Module) -> Any:
+    return [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()]
+
+
+def _whole(module: nn.Module) -> Layout:
+    """Everything in one stage."""
+    return Layout(1, (), dict.fromkeys([name for name, _ in module.named_parameters()], (0,)))
+
+
+def _setup_loaders(trainer: Trainer) -> Any:
+    """Let Lightning set up the loaders of this run now (its loops find them done); return those of the first batch."""
     fn = trainer.state.fn
     if fn == TrainerFn.FITTING:
         trainer.fit_loop.setup_data()
         return trainer.train_dataloader
-    loop = {
+    loop: Any = {
         TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop,
         TrainerFn.PREDICTING: trainer.predict_loop,
     }[fn]  # type: ignore[index]
     loop.setup_data()
-    loaders = {
-        TrainerFn.VALIDATING: trainer.val_dataloaders,
-        TrainerFn.TESTING: trainer.test_dataloaders,
-        TrainerFn.PREDICTING: trainer.predict_dataloaders,
-    }[fn]  # type: ignore[index]
-    if isinstance(loaders, dict):
-        return next(iter(loaders.values()), None)
-    return (loaders[0] if loaders else None) if isinstance(loaders, list | tuple) else loaders
+    return first_loaders(loop)
 
 
-def look(
-    trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, prepare: Callable[[Any], Any], count: int
-) -> Probe:
+def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, count: int) -> Probe | None:
     """Run the step of this run once on its first micro-batch, on the whole model in host memory.
 
     Args:
         trainer: Tells which step.
         module: The whole model.
         feed: Reads the first batch.
-        loaders: From :func:`setup_loaders`.
-        prepare: Transfer hooks, to the host.
+        loaders: Those of this run; ``None`` if there are none.
         count: Number of micro-batches.
+
+    Returns:
+        What was seen; ``None`` if there is no batch.
     """
     fn = trainer.state.fn
     train = fn == TrainerFn.FITTING
-    states = random.getstate(), torch.random.get_rng_state()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    batch = prepare(_first(feed, loaders))
-    random.setstate(states[0])
-    torch.random.set_rng_state(states[1])
-    if numpy:
-        numpy.random.set_state(numpy_state)
+    with _generators_kept():
+        try:
+            batch = _first(feed, loaders) if loaders is not None else None
+        except StopIteration:
+            batch = None
+        if batch is None:
+            return None
+        batch = feed.loop.transfer(batch, device=_HOST)
     micro = Batch.of(batch, count if train else 1).microbatch(0)
     name = _STEPS[fn]  # type: ignore[index]
     step = getattr(module, name)
@@ -79,7 +145,8 @@ def look(
     if is_param_in_hook_signature(step, "dataloader_idx", min_args=3) and not train:
         kwargs["dataloader_idx"] = 0
     modes = [(m, m.training) for m in module.modules()]
-    module.train(train) if not train else None
+    if not train:
+        module.eval()
     module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
     precision = trainer.precision_plugin
     context = precision.train_step_context if train else precision.val_step_context
@@ -91,6 +158,21 @@ def look(
         del module.__dict__["log"], module.__dict__["log_dict"]
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leave the random generators as they were, so that the run draws as if nothing had been looked at."""
+    state, torch_state = random.getstate(), torch.random.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        torch.random.set_rng_state(torch_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 def _first(feed: Feed, loaders: Any) -> Any:

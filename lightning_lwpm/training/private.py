@@ -11,6 +11,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor
 
 __all__ = [
@@ -19,13 +20,16 @@ __all__ = [
     "MultiProcessingLauncher",
     "PathLike",
     "SubprocessScriptLauncher",
+    "TunerExit",
     "adopt_epoch",
     "before_transfer",
     "epoch_of",
     "epoch_values",
+    "first_loaders",
     "init_connection",
     "optimizers_to_device",
     "skips_backward",
+    "transfer",
 ]
 
 # What every strategy of Lightning imports; there are no public names for them.
@@ -34,6 +38,9 @@ optimizers_to_device = _optimizers_to_device
 MultiProcessingLauncher = _MultiProcessingLauncher
 SubprocessScriptLauncher = _SubprocessScriptLauncher
 PathLike = _PATH
+
+# Ends a tuner's run in an orderly way on all ranks: no failure.
+TunerExit = _TunerExitException
 
 # The loops call it on each batch before `batch_to_device`; what stands for a batch must not reach the user's hook.
 BEFORE_TRANSFER = "_on_before_batch_transfer"
@@ -44,9 +51,25 @@ def before_transfer(module: LightningModule, batch: Any, dataloader_idx: int) ->
     return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
 
 
+def transfer(module: LightningModule, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    """Run the user's ``transfer_batch_to_device`` and ``on_after_batch_transfer`` as a strategy does."""
+    return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=dataloader_idx)
+
+
 def skips_backward(trainer: Trainer) -> bool:
     """Whether this pass over the data only updates BatchNorm, as stochastic weight averaging has it."""
     return trainer.fit_loop._skip_backward
+
+
+def first_loaders(loop: Any) -> Any:
+    """The loaders from which an evaluation loop takes its first batch, once it has set them up; ``None`` for none.
+
+    Its combined loader tells the mode; ``trainer.val_dataloaders`` and its like do not.
+    """
+    combined = loop._combined_loader
+    if combined is None:
+        return None
+    return next(iter(combined.flattened), None) if combined._mode == "sequential" else combined.iterables
 
 
 EpochState = dict[str, Any]
@@ -77,13 +100,14 @@ def epoch_of(trainer: Trainer) -> EpochState:
     Some of it is in the connector's dicts only, such as values of an evaluation loader that ended before the last one.
     """
     values = epoch_values(trainer)
-    connector = trainer._logger_connector
-    callback, logged, bar = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
-    assert callback is connector._callback_metrics and logged is connector._logged_metrics
     return {
         "values": values,
-        "dicts": (_on_host(callback), _on_host(logged), dict(bar)),
-        "outputs": None if trainer.training else [_on_host(part) for part in trainer._evaluation_loop._logged_outputs],
+        "dicts": [
+            _on_host(trainer.callback_metrics),
+            _on_host(trainer.logged_metrics),
+            dict(trainer.progress_bar_metrics),
+        ],
+        "outputs": None if trainer.training else list(map(_on_host, trainer._evaluation_loop._logged_outputs)),
         "stop": trainer.should_stop,
     }
 
@@ -103,11 +127,8 @@ def adopt_epoch(trainer: Trainer, state: EpochState) -> None:
                 item.cumulated_batch_size = torch.tensor(1, device=item.value.device)
     connector = trainer._logger_connector
     _ = trainer.callback_metrics  # what this rank has itself goes first
-    for mine, theirs in zip(
-        (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics),
-        state["dicts"],
-        strict=True,
-    ):
+    dicts: Any = connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics
+    for mine, theirs in zip(dicts, state["dicts"], strict=True):
         mine.update(theirs)
     if state["outputs"] is not None:
         trainer._evaluation_loop._logged_outputs = state["outputs"]
@@ -116,4 +137,3 @@ def adopt_epoch(trainer: Trainer, state: EpochState) -> None:
 
 def _on_host(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
-

@@ -136,6 +136,10 @@ def _hook(name: str) -> Any:
 
 
 for _name in dir(L.Callback):
-    if _name.startswith(("on_", "setup", "teardown")) and _name not in Keeper.__dict__:
-        if _name not in ("on_save_checkpoint", "on_load_checkpoint", "on_exception"):
-            setattr(Keeper, _name, _hook(_name))
+    if _name.startswith(("on_", "setup", "teardown")) and _name not in (
+        *Keeper.__dict__,
+        "on_save_checkpoint",
+        "on_load_checkpoint",
+        "on_exception",
+    ):
+        setattr(Keeper, _name, _hook(_name))
