@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -77,7 +77,7 @@ class Feed:
     def read(self, loader: Any) -> Any:
         """The first batch of a loader as it would come, without a trace; only for the reading rank."""
         dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
-        if sampler is None or not hasattr(dataset, "__getitem__") or not hasattr(loader, "collate_fn"):
+        if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
             return loader.peek() if isinstance(loader, _Source) else next(iter(loader))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
         indices = next(iter(sampler))
@@ -186,43 +186,37 @@ class _Source:
     _lwpm: tuple[Feed, int, list[int], list[Any]]
 
     def peek(self) -> Any:
-        """The first batch; iterating afterwards gives it again, so that a stream read once loses nothing."""
-        peeked = self._lwpm[3]
-        iterator = super().__iter__()  # type: ignore[misc]
-        peeked[:] = [iterator, next(iterator)]
-        return peeked[1]
-
-    def _items(self) -> Iterator[Any]:
-        peeked = self._lwpm[3]
-        if not peeked:
-            yield from super().__iter__()  # type: ignore[misc]
-            return
-        iterator, first = peeked
-        yield first
-        peeked.clear()
-        yield from iterator
+        """The first batch of the iteration that has begun, or is about to; a stream read once loses nothing."""
+        current = self._lwpm[3]
+        if not current:
+            current[:] = [_Items(super().__iter__(), pending=True)]  # type: ignore[misc]
+        return current[0].peek()
 
     def __iter__(self) -> Iterator[Any]:
-        feed, stream, rounds, _ = self._lwpm
+        feed, stream, rounds, current = self._lwpm
         rounds[0] += 1
-        return self._evaluation(stream, rounds[0]) if feed.loop.evaluating() else self._training(stream, rounds[0])
+        if not (current and current[0].pending):
+            # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
+            current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
+        current[0].pending = False
+        run = self._evaluation if feed.loop.evaluating() else self._training
+        return run(stream, rounds[0], current[0])
 
-    def _training(self, stream: int, turn: int) -> Iterator[Any]:
+    def _training(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
         feed = self._lwpm[0]
         count = 0
-        for item in self._items():
+        for item in items:
             feed.mailbox.post_all("more", (stream, turn, count), 0)
             count += 1
             yield item
         feed.mailbox.post_all("more", (stream, turn, count), None)
 
-    def _evaluation(self, stream: int, turn: int) -> Iterator[Any]:
+    def _evaluation(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
         feed = self._lwpm[0]
         feed.forget_ahead()
         window: deque[Ticket] = deque()
         index = feed.loop.index(self)
         limit = feed.loop.limit(index)
-        items = iter(self._items())
         count = 0
         while True:
             while len(window) <= feed.ahead and count < limit:
@@ -242,6 +236,34 @@ class _Source:
 
 
 _END = object()
+
+
+class _Items:
+    """An iterator of which the first item can be looked at."""
+
+    def __init__(self, iterator: Iterator[Any], pending: bool = False) -> None:
+        self.iterator = iterator
+        self.pending = pending  # looked at before anybody iterates: the next to iterate takes this one
+        self._first: list[Any] = []
+        self._waits = False
+
+    def peek(self) -> Any:
+        """The first item, whether it has been taken or not."""
+        if not self._first:
+            self._first = [next(self.iterator)]
+            self._waits = True
+        return self._first[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._waits:
+            self._waits = False
+            return self._first[0]
+        item = next(self.iterator)
+        self._first = self._first or [item]
+        return item
 
 
 class _Shadow:
