@@ -12,7 +12,7 @@ from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.staging.layout import Unit
-from lightning_lwpm.staging.randomness import python_random
+from lightning_lwpm.staging.randomness import TorchRandom, python_random
 from lightning_lwpm.staging.step import StagedStep
 
 __all__ = ["Executor"]
@@ -45,6 +45,7 @@ class Executor:
         self.last = stage == num_stages - 1
         self.num_stages = num_stages
         self.units = list(units)
+        self.random = TorchRandom(seed, stage, device)
         self.step: StagedStep | None = None
 
     def run(
@@ -98,7 +99,7 @@ class Executor:
         self.step = StagedStep(self.stage, self.last, self.units, peers, self.device)
         try:
             value = microbatch(number)
-            with python_random(self.seed, item.serial):
+            with python_random(self.seed, item.serial), self.random.drawn():
                 out = self.step.run(lambda: forward(value, number))
             self.exchange.publish(item, self.step)
         finally:

@@ -1,7 +1,8 @@
-"""Python's and NumPy's generators, seeded alike on all ranks for one micro-batch.
+"""What is random in a step: Python's and NumPy's generators alike on all stages, torch's another on each.
 
-Whatever a step draws from them (which layers to leave out, how to mix samples) is then drawn alike on every stage, and
-alike for any number of stages.
+Whatever a step draws from Python's and NumPy's generators (which layers to leave out, how to mix samples) is drawn
+alike on every stage, and alike for any number of stages. What it draws from torch's, it draws on one stage only: with
+the same seed on every rank, the first dropout of each stage would else have the very same mask.
 """
 
 import random
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["python_random"]
+import torch
+
+__all__ = ["TorchRandom", "python_random"]
 
 
 @contextmanager
@@ -27,3 +30,42 @@ def python_random(seed: int, serial: int) -> Iterator[None]:
         random.setstate(state)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+class TorchRandom:
+    """A stream of torch's random numbers that one stage has for itself.
+
+    Args:
+        seed: The seed of the run.
+        stage: The stage. Stage 0 draws from the generators that the user has seeded, as one device would.
+        device: Where it computes.
+    """
+
+    def __init__(self, seed: int, stage: int, device: torch.device) -> None:
+        mixed = random.Random(f"{seed} stage {stage}").getrandbits(63)
+        self.devices = [] if stage == 0 else [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+        self.states = [torch.Generator(device).manual_seed(mixed).get_state() for device in self.devices]
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw from this stream; the generators are put back as they were."""
+        before = [_get(device) for device in self.devices]
+        for device, state in zip(self.devices, self.states, strict=True):
+            _set(device, state)
+        try:
+            yield
+        finally:
+            self.states = [_get(device) for device in self.devices]
+            for device, state in zip(self.devices, before, strict=True):
+                _set(device, state)
+
+
+def _get(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
