@@ -6,7 +6,8 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from training.modules import Classifier, train_loader
+from torch.utils.data import DataLoader
+from training.modules import Classifier, data
 from training.runs import Runs, same, weights
 
 
@@ -32,7 +33,7 @@ def train(kwargs: dict[str, Any], kind: Any, save: str, resume: str | None, epoc
     L.seed_everything(5)
     module = kind()
     trainer = L.Trainer(**kwargs, max_epochs=epochs)
-    trainer.fit(module, train_loader(32), ckpt_path=resume)
+    trainer.fit(module, DataLoader(data(32), 8), ckpt_path=resume)
     trainer.save_checkpoint(save)
     return weights(module)
 
