@@ -27,6 +27,7 @@ from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.private import forget_indices
 
 __all__ = ["Feed", "Ticket", "has_tickets"]
 
@@ -66,7 +67,7 @@ class Feed:
         self._streams += 1
         mixin = _Source if self.reads else _Shadow
         if isinstance(loader, DataLoader):
-            kind = type(type(loader).__name__, (mixin, type(loader)), {})
+            kind: Any = type(type(loader).__name__, (mixin, type(loader)), {})
             wrapped = kind.__new__(kind)  # a shallow copy: the user's own loader stays as it is
             wrapped.__dict__.update(loader.__dict__)
         else:
@@ -76,7 +77,8 @@ class Feed:
 
     def read(self, loader: Any) -> Any:
         """The first batch of a loader as it would come, without a trace; only for the reading rank."""
-        dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+        dataset: Any = getattr(loader, "dataset", None)
+        sampler = getattr(loader, "batch_sampler", None)
         if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
             return loader.peek() if isinstance(loader, _Source) else next(iter(loader))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
@@ -274,6 +276,7 @@ class _Shadow:
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, _ = self._lwpm
         rounds[0] += 1
+        forget_indices(self)
         return self._tickets(feed, stream, rounds[0])
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -148,6 +149,7 @@ def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, c
     if not train:
         module.eval()
     module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
+    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
     precision = trainer.precision_plugin
     context = precision.train_step_context if train else precision.val_step_context
     try:
@@ -156,6 +158,7 @@ def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, c
             return probe(module, lambda: step(micro, *kwargs.values()), metrics)
     finally:
         del module.__dict__["log"], module.__dict__["log_dict"]
+        trainer.loggers = loggers
         for m, mode in modes:
             m.training = mode
 

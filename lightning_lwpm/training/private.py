@@ -10,6 +10,7 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "epoch_of",
     "epoch_values",
     "first_loaders",
+    "forget_indices",
     "init_connection",
     "optimizers_to_device",
     "skips_backward",
@@ -54,6 +56,13 @@ def before_transfer(module: LightningModule, batch: Any, dataloader_idx: int) ->
 def transfer(module: LightningModule, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     """Run the user's ``transfer_batch_to_device`` and ``on_after_batch_transfer`` as a strategy does."""
     return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=dataloader_idx)
+
+
+def forget_indices(loader: Any) -> None:
+    """Where a loader is not iterated, prediction writers find no indices; the wrapper makes them when it is."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, _IndexBatchSamplerWrapper):
+        sampler.seen_batch_indices = []
 
 
 def skips_backward(trainer: Trainer) -> bool:

@@ -1,0 +1,250 @@
+"""Hooks and callbacks of users: what they see, and that what one decides is decided on every rank."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+from torch import nn
+from torch.utils.data import DataLoader
+from training.modules import Classifier, Recorder, data, train_loader, val_loader
+from training.runs import Runs, metrics, same, weights
+
+
+def alike(runs: Runs, scenario: Any, count: int = 1, worlds: tuple[int, ...] = (2, 3)) -> None:
+    """Every rank returns what one device returns."""
+    expected = runs.one(scenario, count)
+    for world in worlds:
+        for rank, found in enumerate(runs.on(world, scenario, count)):
+            same(expected, found, f"rank {rank} of {world}")
+
+
+class Looker(L.Callback):
+    """Looks at outputs in every hook that gets them, and at metrics where they are first complete."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {"train": [], "validation": [], "epoch": [], "train epoch": []}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen["train"].append({key: value.clone() for key, value in outputs.items()})
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any, **__: Any) -> None:
+        self.seen["validation"].append(outputs.clone())
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.seen["epoch"].append(float(trainer.callback_metrics["val/loss"]))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen["train epoch"].append(float(trainer.callback_metrics["train/acc"]))
+
+
+def looking(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, looker = Classifier(), Looker()
+    trainer = L.Trainer(**kwargs | {"callbacks": [looker], "max_epochs": 2})
+    trainer.fit(module, train_loader(20), val_loader())
+    return looker.seen, metrics(trainer), [type(callback).__name__ for callback in trainer.callbacks]
+
+
+def test_callbacks_of_every_rank_see_what_one_device_shows(runs: Runs) -> None:
+    alike(runs, looking)
+
+
+class Deciding(Classifier):
+    """Stops, freezes and sets a learning rate in hooks that run where the loss is."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.last = float(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("last", self.last)
+        if self.current_epoch == 2:
+            self.trainer.should_stop = self.last < 100
+
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch/last", self.last)
+        if self.last < 100:
+            self.blocks[0].requires_grad_(False)
+            self.optimizers().param_groups[0]["lr"] *= 0.5
+
+
+def deciding(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, recorder = Deciding(), Recorder()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 5, "logger": recorder, "log_every_n_steps": 1, "min_epochs": 1})
+    trainer.fit(module, train_loader(20), val_loader())
+    shown = recorder.rows if trainer.is_global_zero else []
+    return {"weights": weights(module), "steps": trainer.global_step, "metrics": metrics(trainer), "rows": len(shown)}
+
+
+def test_decisions_of_hooks_reach_every_rank(runs: Runs) -> None:
+    expected = runs.one(deciding)
+    for world in (2, 3):
+        results = runs.on(world, deciding)
+        same(expected, results[0])
+        for result in results[1:]:
+            same({**expected, "rows": 0}, result)
+
+
+class PerLoader(Classifier):
+    """Metrics of each validation loader, logged as objects and as values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accs = nn.ModuleList(copy.deepcopy(self.val_acc) for _ in range(2))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        loss, out, y = self.loss(batch)
+        self.outputs.append(out)
+        self.val_acc.update(out, y)
+        self.accs[dataloader_idx](out, y)
+        self.log(f"acc{dataloader_idx}", self.accs[dataloader_idx], add_dataloader_idx=False)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+
+
+def per_loader(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = PerLoader()
+    loaders = [val_loader(20), val_loader(9), val_loader(12)][:2]
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1, "limit_val_batches": 2})
+    first = trainer.validate(module, loaders, verbose=False)
+    trainer.fit(module, train_loader(20), loaders)
+    between = metrics(trainer)
+    limited = trainer.validate(module, loaders, verbose=False)
+    return first, [list(part) for part in first], between, limited, metrics(trainer)
+
+
+def test_unequal_validation_loaders(runs: Runs) -> None:
+    """The validation of the last epoch logs values on each step too: those stay on rank 0."""
+    expected = _without_steps(runs.one(per_loader))
+    for world in (2, 3):
+        for rank, found in enumerate(runs.on(world, per_loader)):
+            same(expected, _without_steps(found), f"rank {rank} of {world}")
+
+
+def _without_steps(result: Any) -> Any:
+    first, _, between, limited, last = result
+    return first, {k: v for k, v in between.items() if "_step" not in k}, limited, last
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self, folder: str) -> None:
+        super().__init__("batch_and_epoch")
+        self.folder, self.written = Path(folder), []
+
+    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
+        self.written.append(tuple(prediction.shape))
+
+    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        self.written.append(sum(len(p) for p in predictions))
+        with open(self.folder / "predictions.txt", "x") as file:
+            file.write("once")
+
+
+def writing(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    writer = Writer(kwargs["default_root_dir"])
+    trainer = L.Trainer(**kwargs | {"callbacks": [writer]})
+    trainer.predict(Classifier(), val_loader())
+    return writer.written, "write_on_batch_end" in vars(writer)
+
+
+def test_predictions_are_written_once(runs: Runs) -> None:
+    expected = runs.one(writing)
+    results = runs.on(3, writing)
+    same(expected, results[0])
+    same([([], False)] * 2, results[1:])
+
+
+def nothing_to_train(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Classifier()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1, "limit_train_batches": 0})
+    trainer.fit(module, train_loader(20), val_loader())
+    return weights(module), trainer.global_step
+
+
+def test_no_batches(runs: Runs) -> None:
+    alike(runs, nothing_to_train)
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_progress_bars_run_quietly(runs: Runs, bar: Any) -> None:
+    """No advice to synchronise what every rank has."""
+
+    def shown(kwargs: dict[str, Any]) -> Any:
+        L.seed_everything(5)
+        module = Classifier()
+        more = {"callbacks": [bar()], "enable_progress_bar": True, "enable_model_summary": True, "max_epochs": 1}
+        trainer = L.Trainer(**kwargs | more)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, train_loader(20), val_loader())
+            trainer.validate(module, val_loader())
+        return [str(w.message) for w in caught if "sync_dist" in str(w.message)]
+
+    same([[], []], runs.on(2, shown))
+
+
+class Copier(L.Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        copied = copy.deepcopy(pl_module)
+        assert copied.on_validation_epoch_end.__self__ is copied
+        self.held = [name for name, _ in copied.named_parameters()]
+
+
+class Guarded(Classifier):
+    """Code that is meant for one process only, in a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, _, _ = self.loss(batch)
+        if self.trainer.is_global_zero:
+            self.ran = getattr(self, "ran", 0) + 1
+            self.logger.log_metrics({"own": float(loss)}, step=self.global_step)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
+        return loss
+
+
+def guarded(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, recorder, copier = Guarded(), Recorder(), Copier()
+    trainer = L.Trainer(**kwargs | {"logger": recorder, "max_epochs": 1, "callbacks": [copier]})
+    trainer.fit(module, train_loader(20))
+    return [row for row in recorder.rows if "own" in row[1]], copier.held
+
+
+def test_code_for_rank_zero_runs_where_the_loss_is(runs: Runs) -> None:
+    same(runs.one(guarded), runs.on(2, guarded)[0])
+
+
+class Transfers(Classifier):
+    """Hooks around the transfer of a batch, of which one draws random numbers."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return x * (2 + dataloader_idx), y
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return (x + torch.rand_like(x) if self.training else x), y
+
+
+def transfers(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Transfers()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2})
+    generator = torch.Generator().manual_seed(3)
+    trainer.fit(module, DataLoader(data(20), 8, shuffle=True, generator=generator), val_loader())
+    return weights(module), metrics(trainer), generator.get_state()
+
+
+def test_transfer_hooks_run_once(runs: Runs) -> None:
+    expected = runs.one(transfers, 2)
+    same(expected, runs.on(2, transfers, 2)[0])
