@@ -37,8 +37,8 @@ def check_options(
     names = isinstance(partition, list | tuple) and all(isinstance(name, str) for name in partition)
     if partition != "auto" and not names:
         raise ConfigurationError(
-            f'partition={partition!r}: pass "auto", or a list with the dotted names of the layers that begin the second, '
-            'third, ... stage, such as ["model.layers.6"].'
+            f'partition={partition!r}: pass "auto", or a list with the dotted names of the layers that begin the '
+            'second, third, ... stage, such as ["model.layers.6"].'
         )
     if virtual_stages != 1:
         raise ConfigurationError(

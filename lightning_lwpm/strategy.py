@@ -156,7 +156,7 @@ class LWPMStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-            rank_zero_only.rank = self.cluster_environment.global_rank()
+            rank_zero_only.rank = self.cluster_environment.global_rank()  # type: ignore[attr-defined]
 
     @override
     def setup_environment(self) -> None:
@@ -172,8 +172,9 @@ class LWPMStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         init_connection(self.cluster_environment, "gloo", timeout=self._timeout)
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
-        self._transport = Transport(self._mailbox, {way: dist.new_group() for way in ("down", "up")})
+        self._transport = Transport(self._mailbox)
         atexit.register(self._mailbox.close)
+        atexit.register(self._transport.close)
 
     @property
     def mailbox(self) -> Mailbox:
@@ -352,6 +353,7 @@ class LWPMStrategy(ParallelStrategy):
             self._hooks = None
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         if not self._failed and self._engine is not None and self.world_size > 1:
+            assert self.lightning_module is not None
             with self._told("merging the weights after the run"):
                 gather(self.mailbox, self._next(), self.lightning_module, self._engine.layout)
         self._engine = self._steps = None

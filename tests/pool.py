@@ -19,6 +19,9 @@ class WorkerError(AssertionError):
     """A test function failed in a worker; holds the traceback of each rank."""
 
 
+_START_SECONDS = 120.0  # several processes import on two cores
+
+
 def _worker(connection: Any, log: str) -> None:
     stream = open(log, "w")  # noqa: SIM115  # lives as long as the process
     faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
@@ -26,11 +29,15 @@ def _worker(connection: Any, log: str) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
     import torch
 
+    import lightning_lwpm  # noqa: F401  # so that no test's time limit pays for the imports
+
     torch.set_num_threads(1)
+    connection.send_bytes(b"ready")
     while True:
-        task = connection.recv_bytes()
-        if not task:
-            return
+        try:
+            task = connection.recv_bytes()
+        except EOFError:  # the session has ended
+            os._exit(0)
         rank, world, port, function, args = cloudpickle.loads(task)
         os.environ.update(
             MASTER_ADDR="127.0.0.1",
@@ -76,9 +83,13 @@ class Pool:
         return [value for _, value in outcomes]
 
     def outcomes(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0, keep: bool = False
     ) -> list[tuple[bool, Any]]:
-        """Like :meth:`run`, with failures as results: ``(False, (error type, message, traceback))``."""
+        """Like :meth:`run`, with failures as results: ``(False, (error type, message, traceback))``.
+
+        With ``keep``, the processes that live on after a failure are used again; it is up to ``function`` to leave them
+        in order.
+        """
         self._start(world)
         port = _free_port()
         for rank in range(world):
@@ -100,30 +111,39 @@ class Pool:
                 process.join(5)
                 with open(log) as stream:
                     outcomes[rank:] = [(False, ("Died", f"exit code {process.exitcode}", stream.read()[-4000:]))]
-        if not all(ok for ok, _ in outcomes):
+        if not keep and not all(ok for ok, _ in outcomes):
             self.close()  # whatever a failure left behind goes with the processes
         return outcomes
 
     def close(self) -> None:
         """End all workers."""
-        for process, connection, log in self.workers:
-            connection.close()
-            process.kill()
-            process.join()
-            os.unlink(log)
-        self.workers = []
+        while self.workers:
+            self._end(0)
+
+    def _end(self, index: int) -> None:
+        process, connection, log = self.workers.pop(index)
+        connection.close()
+        process.kill()
+        process.join()
+        os.unlink(log)
 
     def _start(self, world: int) -> None:
-        if any(not process.is_alive() for process, _, _ in self.workers):
-            self.close()
+        for index in reversed(range(len(self.workers))):
+            if not self.workers[index][0].is_alive():
+                self._end(index)
         context = multiprocessing.get_context("spawn")
+        started = len(self.workers)
         while len(self.workers) < max(world, min(2, self.size)):
             here, there = context.Pipe()
             log = tempfile.mkstemp(prefix="lwpm-worker-")[1]
-            process = context.Process(target=_worker, args=(there, log), daemon=True)
+            process = context.Process(target=_worker, args=(there, log))
             process.start()
             there.close()
             self.workers.append((process, here, log))
+        for _, connection, log in self.workers[started:]:
+            if not connection.poll(_START_SECONDS):
+                raise WorkerError(f"a worker did not start; its log is {log}")
+            connection.recv_bytes()
 
     def _who_waits(self, world: int) -> str:
         texts = []

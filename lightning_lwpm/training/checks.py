@@ -48,11 +48,6 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     Raises:
         ConfigurationError: saying what to change.
     """
-    if len(optimizers) > 1:
-        raise ConfigurationError(
-            f"`configure_optimizers` returned {len(optimizers)} optimizers: the 'lwpm' strategy supports one, with any "
-            "number of parameter groups."
-        )
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError(

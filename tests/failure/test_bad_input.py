@@ -1,0 +1,193 @@
+"""Bad input: each gets an error of its own, on every rank, that quotes what was written and says what to change."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from pool import Pool
+from torch import nn
+from torch.utils.data import DataLoader
+from training.modules import Classifier, train_loader
+from training.runs import run_here
+
+from lightning_lwpm import ConfigurationError, LWPMStrategy
+
+
+@pytest.mark.parametrize(
+    ("option", "texts"),
+    [
+        ({"num_microbatches": 0}, ["num_microbatches=0", "at least 1"]),
+        ({"num_microbatches": -2}, ["num_microbatches=-2", "positive"]),
+        ({"num_microbatches": True}, ["num_microbatches=True"]),
+        ({"num_microbatches": "many"}, ["num_microbatches='many'", '"auto"']),
+        ({"schedule": "1f1"}, ["schedule='1f1'", "'gpipe', '1f1b'", "Did you mean '1f1b'?"]),
+        ({"partition": "even"}, ["partition='even'", '"auto"']),
+        ({"virtual_stages": 2}, ["virtual_stages=2", "not built yet"]),
+        ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
+        ({"process_group_backend": "nccl"}, ["process_group_backend='nccl'", "not built yet", "gloo"]),
+        ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),
+    ],
+)
+def test_options(option: dict[str, Any], texts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        LWPMStrategy(**option)
+    assert all(text in str(caught.value) for text in texts), caught.value
+
+
+class Empty(Classifier):
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Detached(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)[0].detach()
+
+
+class Constant(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.loss(batch)
+        return torch.tensor(1.0)
+
+
+class Nothing(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.loss(batch)
+
+
+class Lbfgs(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.shape[0] == 3:
+            raise ValueError("these three samples")
+        return self.inner(x)
+
+
+class Raises(Classifier):
+    """Fails on the last stage, in the forward of a later batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Failing()
+
+
+class Unpicklable(Classifier):
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch["pair"])
+
+
+def fit(kwargs: dict[str, Any], kind: type[Classifier], loader: Any = None) -> None:
+    L.seed_everything(1)
+    L.Trainer(**kwargs, max_epochs=1).fit(kind(), loader or train_loader(22))
+
+
+def unpicklable() -> DataLoader:
+    items = [{"pair": pair, "hook": lambda: 0} for pair in train_loader(8).dataset]
+    return DataLoader(items, 4, collate_fn=lambda rows: {"pair": rows[0]["pair"], "hook": rows[0]["hook"]})
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
+    "wrong number of layers": (Classifier, {"partition": ["blocks.1", "blocks.2"]}, ["2", "1"]),
+    "no parameters": (Empty, {}, ["Empty", "no parameters"]),
+    "manual optimization": (Manual, {}, ["automatic_optimization=False"]),
+    "detached loss": (Detached, {}, ["does not depend on", "detach"]),
+    "constant loss": (Constant, {}, ["does not depend on"]),
+    "no loss": (Nothing, {}, ["returned None"]),
+    "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
+    "an exception in a layer": (
+        Raises,
+        {},
+        ["stage 1 (rank 0)", "forward of micro-batch", "ValueError: these three samples", "in forward"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errors_on_every_rank(pool: Pool, tmp_path: Any, name: str) -> None:
+    kind, options, texts = CASES[name]
+    options = {"num_microbatches": 2, **options}
+    outcomes = pool.outcomes(
+        2, run_here, lambda kwargs: fit(kwargs, kind), str(tmp_path), options, timeout=30, keep=True
+    )
+    for rank, (ok, error) in enumerate(outcomes):
+        assert not ok, f"rank {rank} went on"
+        assert error[0] in ("ConfigurationError", "PipelineError"), error
+        assert all(text in error[1] for text in texts), f"rank {rank}: {error[1]}"
+
+
+def test_names_out_of_order(pool: Pool, tmp_path: Any) -> None:
+    options = {"partition": ["blocks.3", "blocks.1"]}
+    outcomes = pool.outcomes(
+        3, run_here, lambda kwargs: fit(kwargs, Classifier), str(tmp_path), options, timeout=30, keep=True
+    )
+    for ok, error in outcomes:
+        assert not ok and error[0] == "ConfigurationError"
+        assert "blocks.3" in error[1] and "blocks.1" in error[1] and "order" in error[1]
+
+
+def test_what_cannot_be_sent(pool: Pool, tmp_path: Any) -> None:
+    def scenario(kwargs: dict[str, Any]) -> None:
+        fit(kwargs, Unpicklable, unpicklable())
+
+    outcomes = pool.outcomes(2, run_here, scenario, str(tmp_path), {}, timeout=30, keep=True)
+    assert not any(ok for ok, _ in outcomes)
+    assert all("pickle" in error[1] or "lambda" in error[1] for _, error in outcomes), outcomes
+
+
+class Small(L.LightningModule):
+    """Two layers, for three devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self.last(torch.relu(self.first(batch[0]))), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_more_devices_than_layers(pool: Pool, tmp_path: Any) -> None:
+    """The surplus device idles, with a warning; the numbers are those of one device."""
+
+    def scenario(kwargs: dict[str, Any]) -> Any:
+        import warnings
+
+        L.seed_everything(1)
+        module = Small()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = L.Trainer(**kwargs, max_epochs=2)
+            trainer.fit(module, train_loader(20))
+        texts = [str(warning.message) for warning in caught]
+        return (
+            {n: p.detach().clone() for n, p in module.named_parameters()},
+            texts,
+            float(trainer.callback_metrics["loss"]),
+        )
+
+    expected = pool.run(1, run_here, scenario, str(tmp_path), None)[0]
+    results = pool.run(3, run_here, scenario, str(tmp_path), {"num_microbatches": 1})
+    for weights, _, loss in results:
+        assert loss == expected[2]
+        assert all(torch.equal(weights[name], expected[0][name]) for name in weights)
+    assert any("idle" in text for text in results[0][1])
