@@ -2,7 +2,7 @@
 
 One device adds the uses of a weight within a micro-batch first and micro-batches after; here each stage adds its own
 uses over all micro-batches first. The sum has the same terms in another order: equal but for rounding, and the very
-same bits with one micro-batch.
+same bits with one micro-batch in which each stage uses the weight once.
 """
 
 from collections.abc import Sequence

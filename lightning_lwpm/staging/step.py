@@ -11,7 +11,6 @@ ran it has published; so a ghost call is one look-up, and no layer is ever run o
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
+from lightning_lwpm.staging.intercept import intercepted
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
@@ -75,7 +75,7 @@ class StagedStep(TorchFunctionMode):
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
-        with self._intercepted():
+        with intercepted(self, self.units):
             try:
                 with self:
                     return step()
@@ -83,32 +83,6 @@ class StagedStep(TorchFunctionMode):
                 return None
             finally:
                 self.inside = True  # whatever runs from now on (recomputation in backward) is not the step
-
-    @contextmanager
-    def _intercepted(self) -> Any:
-        """Intercept the units' calls; the modules are left as they were."""
-        absent = object()
-        saved = []
-        apply = torch.autograd.Function.__dict__["apply"]
-        step = self
-
-        def intercepted(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            run = apply.__get__(None, cls)
-            return run(*args, **kwargs) if step.inside else step.apply(cls, run, args, kwargs)
-
-        torch.autograd.Function.apply = classmethod(intercepted)  # type: ignore[assignment, method-assign]
-        for unit, module in self.units:
-            saved.append((module, module.__dict__.get("forward", absent)))
-            module.__dict__["forward"] = _Intercept(self, unit, module)
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-            for module, forward in saved:
-                if forward is absent:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
 
     # -- layers --------------------------------------------------------------------------------------------------
 
@@ -324,21 +298,6 @@ class _Replay:
         out: list[Tensor] = []
         flatten(self.function(), out)
         return out[self.leaf]
-
-
-class _Intercept:
-    """Stands in for a unit's ``forward`` while a step runs."""
-
-    def __init__(self, step: StagedStep, unit: Unit, module: nn.Module) -> None:
-        self.step, self.unit, self.module, self.forward = step, unit, module, module.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.step.inside:
-            return self.forward(*args, **kwargs)
-        return self.step.call(self.unit, self.module, self.forward, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.forward
 
 
 class _NoHandle:
