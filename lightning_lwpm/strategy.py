@@ -35,7 +35,7 @@ from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, init_connection, optimizers_to_device
 from lightning_lwpm.training.steps import Steps
-from lightning_lwpm.training.weights import gather, hand_out
+from lightning_lwpm.training.weights import copies, gather, hand_out
 
 __all__ = ["LWPMStrategy"]
 
@@ -107,6 +107,7 @@ class LWPMStrategy(ParallelStrategy):
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
         self._steps: Steps | None = None
+        self._copies: list[torch.nn.Module] = []
         self._failed = False
 
     # -- processes -----------------------------------------------------------------------------------------------
@@ -202,7 +203,10 @@ class LWPMStrategy(ParallelStrategy):
             count = self._count(self.world_size)
             layout = self._planner.layout(trainer, module, self._feed, self.mailbox, self._next(), count)
             if self.world_size > 1:
+                self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
                 hand_out(self.mailbox, self._next(), module, layout, self.optimizers)
+                for copy in self._copies:
+                    hand_out(self.mailbox, self._next(), copy, layout, ())
             self.model_to_device()
             self.setup_precision_plugin()
             if fitting:
@@ -355,8 +359,10 @@ class LWPMStrategy(ParallelStrategy):
         if not self._failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
             with self._told("merging the weights after the run"):
-                gather(self.mailbox, self._next(), self.lightning_module, self._engine.layout)
+                for module in (self.lightning_module, *self._copies):
+                    gather(self.mailbox, self._next(), module, self._engine.layout)
         self._engine = self._steps = None
+        self._copies = []
         if self._mailbox is not None:
             self._mailbox.resting = True
         super().teardown()

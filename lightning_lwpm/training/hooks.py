@@ -10,13 +10,15 @@ A hook on the module is replaced on the instance, for the time between ``setup``
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -62,6 +64,7 @@ class Hooks:
                 if isinstance(callback, BasePredictionWriter):
                     callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
         warnings.filterwarnings("ignore", _ADVICE)
+        BaseFinetuning.filter_on_optimizer = staticmethod(_not_yet_in)  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Put the hooks back."""
@@ -74,6 +77,7 @@ class Hooks:
             for name in ("write_on_batch_end", "write_on_epoch_end"):
                 if callback.__dict__.get(name) is _nothing:
                     del callback.__dict__[name]
+        BaseFinetuning.filter_on_optimizer = staticmethod(_filter_on_optimizer)  # type: ignore[method-assign]
 
     def outputs_wanted(self, name: str) -> bool:
         """Whether a callback of the user may look at the outputs of a step, so that every rank needs them.
@@ -207,6 +211,15 @@ def _adopt_settings(module: LightningModule, trainer: Trainer, settings: Any) ->
     for optimizer, groups in zip(trainer.optimizers, optimizers, strict=True):
         for group, options in zip(optimizer.param_groups, groups, strict=False):
             group.update(options)
+
+
+_filter_on_optimizer = BaseFinetuning.filter_on_optimizer
+
+
+def _not_yet_in(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Lightning compares values to find the parameters that an optimizer has already; here no rank knows all values."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in params if id(parameter) not in held]
 
 
 def _nothing(*_: Any, **__: Any) -> None:

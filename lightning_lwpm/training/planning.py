@@ -4,7 +4,8 @@ import random
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Planner:
     def __init__(self, partition: str | list[str]) -> None:
         self.partition = partition
         self.plan: PartitionPlan | None = None
-        self._known: tuple[weakref.ref[nn.Module], Any, bool, Probe] | None = None
+        self._known: _Known | None = None
 
     def layout(
         self, trainer: Trainer, module: LightningModule, feed: Feed, mailbox: Mailbox, key: Any, count: int
@@ -67,31 +68,80 @@ class Planner:
         """
         if mailbox.world == 1:
             return _whole(module)
-        loaders = _setup_loaders(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        seen = self._recall(module, fitting)
-        if seen is None:
-            seen = _look(trainer, module, feed, loaders, count) if mailbox.rank == 0 else None
-            seen = mailbox.broadcast(key, seen, what="the description of the model")
+        name = _STEPS[trainer.state.fn]  # type: ignore[index]
+        loaders = _setup_loaders(trainer)
+
+        def ask(name: str, loaders: Any) -> Probe | None:
+            seen = _look(trainer, module, feed, loaders, name, count) if mailbox.rank == 0 else None
+            return mailbox.broadcast((key, name), seen, what=f"the description of `{name}`")
+
+        known = self._recall(module, fitting)
+        if known is None:
+            seen = ask(name, loaders)
             if seen is None:  # there is no batch, so nothing will run
                 return _whole(module)
-            self._known = weakref.ref(module), _form(module), fitting, seen
-        plan = make_plan(seen.timeline, mailbox.world, self.partition, place)
+            known = self._known = _Known(weakref.ref(module), _form(module), {name}, seen)
+        if _unseen(module, known.seen):
+            with _validating(trainer) if fitting else nullcontext():
+                if fitting:
+                    name, loaders = "validation_step", _setup_validation(trainer)
+                if name not in known.steps:
+                    known.steps.add(name)
+                    other = ask(name, loaders)
+                    known.seen = _extended(module, known.seen, other) if other is not None else known.seen
+        plan = make_plan(known.seen.timeline, mailbox.world, self.partition, place)
         if fitting and plan != self.plan:
             show_plan(plan, mailbox.rank)
         self.plan = plan
-        return make_layout(module, seen, plan)
+        return make_layout(module, known.seen, plan)
 
-    def _recall(self, module: nn.Module, fitting: bool) -> Probe | None:
-        """What was seen of this very module before; a step of training shows more than one of evaluation."""
-        if self._known is None:
+    def _recall(self, module: nn.Module, fitting: bool) -> "_Known | None":
+        """What is known of this very module; a step of training shows more than one of evaluation."""
+        known = self._known
+        if known is None or known.module() is not module or known.form != _form(module):
             return None
-        known, form, trained, seen = self._known
-        return seen if known() is module and form == _form(module) and trained >= fitting else None
+        return None if fitting and "training_step" not in known.steps else known
+
+
+@dataclass
+class _Known:
+    """What has been seen of a module.
+
+    Attributes:
+        module: The module.
+        form: What it was made of.
+        steps: The steps that were looked at.
+        seen: What they showed.
+    """
+
+    module: weakref.ref[nn.Module]
+    form: Any
+    steps: set[str]
+    seen: Probe
 
 
 def _form(module: nn.Module) -> Any:
     return [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()]
+
+
+def _unseen(module: nn.Module, seen: Probe) -> set[str]:
+    """The modules with parameters that no step has called, such as a layer that only evaluation uses."""
+    return {name for name, m in module.named_modules() if name and m._parameters and name not in seen.spans}
+
+
+def _extended(module: nn.Module, seen: Probe, other: Probe) -> Probe:
+    """``seen``, and layers that only another step calls: they go to the stage of the layer called before them."""
+    unseen = _unseen(module, seen)
+    positions = {call.name: position for position, call in enumerate(seen.timeline.calls)}
+    parameters, buffers, latest = dict(seen.parameters), dict(seen.buffers), 0
+    for call in other.timeline.calls:
+        latest = positions.get(call.name, latest)
+        if call.name in unseen:
+            for found, theirs in ((parameters, other.parameters), (buffers, other.buffers)):
+                inside = [name for name in theirs if name.startswith(f"{call.name}.")]
+                found.update(dict.fromkeys(inside, (latest,)))
+    return replace(seen, parameters=parameters, buffers=buffers)
 
 
 def _whole(module: nn.Module) -> Layout:
@@ -114,21 +164,37 @@ def _setup_loaders(trainer: Trainer) -> Any:
     return first_loaders(loop)
 
 
-def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, count: int) -> Probe | None:
-    """Run the step of this run once on its first micro-batch, on the whole model in host memory.
+def _setup_validation(trainer: Trainer) -> Any:
+    """The same for the validation within ``fit``."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    return first_loaders(loop)
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.training = True
+
+
+def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, name: str, count: int) -> Probe | None:
+    """Run a step once on its first micro-batch, on the whole model in host memory.
 
     Args:
-        trainer: Tells which step.
+        trainer: Runs the step.
         module: The whole model.
         feed: Reads the first batch.
-        loaders: Those of this run; ``None`` if there are none.
-        count: Number of micro-batches.
+        loaders: The loaders of the step; ``None`` if there are none.
+        name: The step.
+        count: Number of micro-batches in training.
 
     Returns:
         What was seen; ``None`` if there is no batch.
     """
-    fn = trainer.state.fn
-    train = fn == TrainerFn.FITTING
+    train = name == "training_step"
     with _generators_kept():
         try:
             batch = _first(feed, loaders) if loaders is not None else None
@@ -138,7 +204,6 @@ def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, c
             return None
         batch = feed.loop.transfer(batch, device=_HOST)
     micro = Batch.of(batch, count if train else 1).microbatch(0)
-    name = _STEPS[fn]  # type: ignore[index]
     step = getattr(module, name)
     kwargs: dict[str, Any] = {}
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):

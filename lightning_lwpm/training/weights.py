@@ -1,6 +1,6 @@
 """Hands out the weights of rank 0 at the start of a run, and gathers the trained ones at its end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,7 +10,7 @@ from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placement import named_tensors, place
 
-__all__ = ["gather", "hand_out"]
+__all__ = ["copies", "gather", "hand_out"]
 
 
 def hand_out(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, optimizers: Sequence[Optimizer]) -> None:
@@ -49,6 +49,28 @@ def hand_out(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, opti
             group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
         for old in [parameter for parameter in optimizer.state if id(parameter) in replaced]:
             optimizer.state[replaced[id(old)]] = optimizer.state.pop(old)
+
+
+def copies(module: nn.Module, holders: Iterable[object]) -> list[nn.Module]:
+    """The copies of the model that callbacks keep (averages of the weights), which are partitioned like the model.
+
+    Args:
+        module: The model.
+        holders: The callbacks, in the same order on all ranks.
+    """
+    form = _form(module)
+    found = []
+    for holder in holders:
+        for value in vars(holder).values():
+            for candidate in (value, getattr(value, "module", None)):
+                if isinstance(candidate, nn.Module) and candidate is not module and _form(candidate) == form:
+                    found.append(candidate)
+                    break
+    return found
+
+
+def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(tensor.shape)) for name, tensor in named_tensors(module)]
 
 
 def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout) -> None:

@@ -15,7 +15,7 @@ from training.modules import Classifier, Recorder, data, train_loader, val_loade
 from training.runs import Runs, metrics, same, weights
 
 
-def alike(runs: Runs, scenario: Any, count: int = 1, worlds: tuple[int, ...] = (2, 3)) -> None:
+def alike(runs: Runs, scenario: Any, count: int = 1, worlds: tuple[int, ...] = (2,)) -> None:
     """Every rank returns what one device returns."""
     expected = runs.one(scenario, count)
     for world in worlds:
@@ -52,7 +52,7 @@ def looking(kwargs: dict[str, Any]) -> Any:
 
 
 def test_callbacks_of_every_rank_see_what_one_device_shows(runs: Runs) -> None:
-    alike(runs, looking)
+    alike(runs, looking, worlds=(3,))
 
 
 class Deciding(Classifier):
@@ -86,11 +86,10 @@ def deciding(kwargs: dict[str, Any]) -> Any:
 
 def test_decisions_of_hooks_reach_every_rank(runs: Runs) -> None:
     expected = runs.one(deciding)
-    for world in (2, 3):
-        results = runs.on(world, deciding)
-        same(expected, results[0])
-        for result in results[1:]:
-            same({**expected, "rows": 0}, result)
+    results = runs.on(3, deciding)
+    same(expected, results[0])
+    for result in results[1:]:
+        same({**expected, "rows": 0}, result)
 
 
 class PerLoader(Classifier):
@@ -124,9 +123,8 @@ def per_loader(kwargs: dict[str, Any]) -> Any:
 def test_unequal_validation_loaders(runs: Runs) -> None:
     """The validation of the last epoch logs values on each step too: those stay on rank 0."""
     expected = _without_steps(runs.one(per_loader))
-    for world in (2, 3):
-        for rank, found in enumerate(runs.on(world, per_loader)):
-            same(expected, _without_steps(found), f"rank {rank} of {world}")
+    for rank, found in enumerate(runs.on(2, per_loader)):
+        same(expected, _without_steps(found), f"rank {rank}")
 
 
 def _without_steps(result: Any) -> Any:
