@@ -9,7 +9,6 @@ The main thread never waits anywhere but here, so it always hears of a failure a
 from listening, the process is ended after a grace period.
 """
 
-import io
 import os
 import pickle
 import socket
@@ -18,17 +17,17 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from queue import SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
-import torch
-from torch import Tensor
-
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
+from lightning_lwpm.pipeline.packing import packed
+from lightning_lwpm.pipeline.sockets import keep_alive, own_address, shut
+from lightning_lwpm.pipeline.watch import explained
 
 __all__ = ["Mailbox"]
 
@@ -85,11 +84,11 @@ class Mailbox:
         if target == self.rank:
             self._deliver(self.rank, kind, key, payload)
         else:
-            self._send(target, _dumps((kind, key, payload)))
+            self._send(target, packed((kind, key, payload)))
 
     def post_all(self, kind: str, key: Any, payload: Any = None) -> None:
         """Send a message to every other rank."""
-        data = _dumps((kind, key, payload)) if self.world > 1 else b""
+        data = packed((kind, key, payload)) if self.world > 1 else b""
         for target in self._peers:
             self._send(target, data)
 
@@ -212,23 +211,14 @@ class Mailbox:
         """
         if not self._heard(message, raised):
             return
-        data = _dumps(("failure", raised.__name__, message))
+        data = packed(("failure", raised.__name__, message))
         for target in self._peers:
             with suppress(OSError, ValueError), self._locks[target]:
                 self._peers[target].send_bytes(data)
 
-    @contextmanager
-    def explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> AbstractContextManager[None]:
         """Say on standard error who waits for what if the block lasts."""
-        timer = None
-        if self.patience > 0:
-            timer = _Explainer(self, what)
-            _explainers.append(timer)
-        try:
-            yield
-        finally:
-            if timer is not None:
-                timer.done = True
+        return explained(self.label, self.patience, what)
 
     def introduce(self, ranks: Sequence[int]) -> None:
         """Call each rank by its stage from now on.
@@ -249,19 +239,19 @@ class Mailbox:
         self._requests.put(None)
         for target, connection in self._peers.items():
             with suppress(OSError, ValueError), self._locks[target]:
-                connection.send_bytes(_dumps(("farewell", None, None)))
-                _shut(connection)
+                connection.send_bytes(packed(("farewell", None, None)))
+                shut(connection)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _connect(self, gather: Callable[[Any], list[Any]]) -> None:
         secret = gather(os.urandom(32))[0]  # one key for all, made by rank 0
         listener = Listener(("", 0), backlog=self.world, authkey=secret)
-        cards = gather((_own_address(), listener.address[1], socket.gethostname()))
+        cards = gather((own_address(), listener.address[1], socket.gethostname()))
         for target in range(self.rank):
             address, port, host = cards[target]
             connection = Client(("127.0.0.1" if host == socket.gethostname() else address, port), authkey=secret)
-            connection.send_bytes(_dumps(self.rank))
+            connection.send_bytes(packed(self.rank))
             self._peers[target] = connection  # type: ignore[assignment]
         # private: there is no other way to bound the wait for a rank that died on its way here
         listener._listener._socket.settimeout(_MEETING_SECONDS)  # type: ignore[attr-defined]
@@ -278,7 +268,7 @@ class Mailbox:
         listener.close()
         _open.add(self)
         for target, connection in self._peers.items():
-            _keep_alive(connection)
+            keep_alive(connection)
             self._locks[target] = threading.Lock()
             name = f"lwpm-mailbox-{target}"
             threading.Thread(target=self._read, args=(target, connection), name=name, daemon=True).start()
@@ -409,88 +399,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Explainer:
-    """One wait that is under way."""
-
-    def __init__(self, mailbox: Mailbox, what: str) -> None:
-        self.mailbox, self.what, self.since, self.done, self.said = mailbox, what, time.monotonic(), False, 0
-        _start_watch()
-
-
-_explainers: deque[_Explainer] = deque()
-_watch: threading.Thread | None = None
-
-
-def _start_watch() -> None:
-    global _watch
-    if _watch is None or not _watch.is_alive():
-        _watch = threading.Thread(target=_watch_waits, name="lwpm-watch", daemon=True)
-        _watch.start()
-
-
-def _watch_waits() -> None:
-    while True:
-        time.sleep(0.2)
-        for _ in range(len(_explainers)):
-            wait = _explainers.popleft()
-            if wait.done:
-                continue
-            _explainers.append(wait)
-            elapsed = time.monotonic() - wait.since
-            if elapsed > wait.mailbox.patience * (wait.said + 1):
-                wait.said += 1
-                text = f"[lwpm] {wait.mailbox.label} has waited {elapsed:.0f} s for {wait.what}"
-                print(text, file=sys.stderr, flush=True)
-
-
-def _shut(connection: Connection) -> None:
-    """Nothing more will be sent; what the other side still sends can be read."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as view:
-        view.shutdown(socket.SHUT_WR)
-
-
-def _keep_alive(connection: Connection) -> None:
-    """Notice within half a minute that a host went away without closing its connections."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as view:
-        view.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, name):
-                view.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _own_address() -> str:
-    """The address under which other hosts reach this one: the one that faces the main host."""
-    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
-        return str(probe.getsockname()[0])
-    except OSError:
-        return "127.0.0.1"
-    finally:
-        probe.close()
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles only the part of a storage that a tensor shows, and always from the host."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is Tensor and value.layout is torch.strided:
-            plain = value.detach().to("cpu").contiguous()
-            data = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-            return _tensor, (data, plain.dtype, tuple(plain.shape), value.requires_grad)
-        return NotImplemented
-
-
-def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], requires_grad: bool) -> Tensor:
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    return tensor.requires_grad_() if requires_grad else tensor
-
-
-def _dumps(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(value)
-    return buffer.getvalue()

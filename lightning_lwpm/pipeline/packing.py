@@ -1,0 +1,35 @@
+"""Messages as bytes: plain pickle, but of a tensor only what it shows, from the host."""
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["packed"]
+
+
+def packed(value: Any) -> bytes:
+    """``value`` as bytes that ``pickle.loads`` reads."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles only the part of a storage that a tensor shows, and always from the host."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Tensor and value.layout is torch.strided:
+            plain = value.detach().to("cpu").contiguous()
+            data = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            return _tensor, (data, plain.dtype, tuple(plain.shape), value.requires_grad)
+        return NotImplemented
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], requires_grad: bool) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    return tensor.requires_grad_() if requires_grad else tensor

@@ -1,0 +1,34 @@
+"""What the mailbox asks of its sockets beyond sending and receiving."""
+
+import os
+import socket
+from multiprocessing.connection import Connection
+
+__all__ = ["keep_alive", "own_address", "shut"]
+
+
+def shut(connection: Connection) -> None:
+    """Nothing more will be sent; what the other side still sends can be read."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as view:
+        view.shutdown(socket.SHUT_WR)
+
+
+def keep_alive(connection: Connection) -> None:
+    """Notice within half a minute that a host went away without closing its connections."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as view:
+        view.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                view.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def own_address() -> str:
+    """The address under which other hosts reach this one: the one that faces the main host."""
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+    finally:
+        probe.close()
