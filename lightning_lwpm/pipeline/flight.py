@@ -100,8 +100,8 @@ class Desk:
 
     def says(self, what: str, item: Item, name: Name | None, stage: int) -> str:
         """What is waited for, for people."""
-        tensor = f" {tell(name)}" if name is not None else ""
-        return f"{what}{tensor} of micro-batch {item.microbatch} from stage {stage} (rank {self.ranks[stage]})"
+        tensor = f" ({tell(name)})" if name is not None else ""
+        return f"the {what}{tensor} of micro-batch {item.microbatch} from stage {stage} (rank {self.ranks[stage]})"
 
 
 class _Join(torch.autograd.Function):

@@ -62,6 +62,7 @@ class Mailbox:
         self.resting = False
         self._raised: type[LWPMError] = PipelineError
         self._noticed = threading.Event()
+        self._telling = threading.Lock()
         self._owner = threading.get_ident()  # the thread that must notice a failure
         self._condition = threading.Condition()
         self._letters: dict[tuple[str, Any], deque[Any]] = defaultdict(deque)
@@ -209,12 +210,13 @@ class Mailbox:
             message: What every rank raises.
             raised: The type of what is raised.
         """
-        if not self._heard(message, raised):
-            return
-        data = packed(("failure", raised.__name__, message))
-        for target in self._peers:
-            with suppress(OSError, ValueError), self._locks[target]:
-                self._peers[target].send_bytes(data)
+        with self._telling:
+            if not self._heard(message, raised):
+                return
+            data = packed(("failure", raised.__name__, message))
+            for target in self._peers:
+                with suppress(OSError, ValueError), self._locks[target]:
+                    self._peers[target].send_bytes(data)
 
     def explained(self, what: str) -> AbstractContextManager[None]:
         """Say on standard error who waits for what if the block lasts."""
@@ -233,9 +235,10 @@ class Mailbox:
 
     def close(self) -> None:
         """Say farewell; messages of others are still read until they have done so too."""
-        if self._closing:
-            return
-        self._closing = True
+        with self._telling:  # a failure that another thread is about to tell goes before the farewell
+            if self._closing:
+                return
+            self._closing = True
         self._requests.put(None)
         for target, connection in self._peers.items():
             with suppress(OSError, ValueError), self._locks[target]:

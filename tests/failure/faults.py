@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_lwpm import LWPMStrategy
 
 WIDTH = 8
+_dozed: list["Fault"] = []
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fault:
         place: "forward", "backward", "step", "loader" or the name of a hook.
         rank: On which rank.
         microbatch: In which micro-batch, for "forward" and "backward".
-        how: "raise", "exit" (``os._exit(3)``), "kill" (-9), "sleep" (for ever) or "doze" (for 4 seconds).
+        how: "raise", "exit" (``os._exit(3)``), "kill" (-9), "sleep" (for ever) or "doze" (for 4 seconds, once).
         clock: A file in which the time of the failure is noted.
     """
 
@@ -47,7 +48,9 @@ class Fault:
         if self.how == "sleep":
             time.sleep(1000)
         if self.how == "doze":
-            time.sleep(4)
+            if not _dozed:
+                _dozed.append(self)
+                time.sleep(4)
             return
         raise ValueError(f"boom in {self.place}")
 

@@ -1,5 +1,7 @@
 """A failure of one rank, wherever it happens, ends all of them within seconds, with the same words."""
 
+import io
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,7 @@ class _SlowEnd(L.Callback):
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         if trainer.global_rank == 1:
-            time.sleep(15)
+            time.sleep(7)
 
 
 def test_others_end_while_the_failing_rank_is_busy(pool: Any, tmp_path: Path) -> None:
@@ -131,6 +133,27 @@ def test_a_rank_stuck_in_user_code_is_ended(pool: Any, tmp_path: Path, times: An
 
 def _fit_stuck(rank: int, world: int, fault: Fault) -> Any:
     return faults.fit(rank, world, fault if rank != 2 else Fault("on_train_batch_start", 2, how="sleep"))
+
+
+def test_a_long_wait_is_explained(pool: Any) -> None:
+    """Stage 0 takes 4 seconds over a micro-batch; the others say what they wait for, at most once in 1.5 seconds."""
+    said = pool.run(WORLD, _fit_listening, Fault("forward", 2, 2, "doze"), {"patience": 1.5})
+    head = "[lwpm] stage 1 (rank 1) has waited"
+    waits = [line for line in said[1] if line.startswith(head)]
+    tail = "for the activation (output 0 of layer 'layers.1') of micro-batch 2 from stage 0 (rank 2)"
+    assert [line[: len(head) + 4] for line in waits] == [f"{head} 2 s", f"{head} 3 s"], said
+    assert all(tail in line for line in waits), said
+    assert len(said[0]) == 2 and all("from stage 1 (rank 1)" in line for line in said[0]), said
+    assert said[2] == []
+
+
+def _fit_listening(rank: int, world: int, fault: Fault, options: Any) -> list[str]:
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    try:
+        faults.fit(rank, world, fault, **options)
+        return [line for line in sys.stderr.getvalue().splitlines() if line.startswith("[lwpm]")]
+    finally:
+        sys.stderr = stderr
 
 
 def test_training_works_after_all_this(pool: Any) -> None:

@@ -5,15 +5,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parent / "script.py"
 
 
-def _run(path: Path, *args: str, timeout: float = 60) -> tuple[int, str, float]:
-    """Exit code, standard error and the time at which the last process of the script was gone."""
+@dataclass(frozen=True)
+class _Run:
+    """How a script ended: exit code, what it wrote, and seconds from its failure to the end of its last process."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def _run(path: Path, *args: str, timeout: float = 90) -> _Run:
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
     with open(path / "err", "wb") as err, open(path / "out", "wb") as out:
@@ -30,11 +43,11 @@ def _run(path: Path, *args: str, timeout: float = 60) -> tuple[int, str, float]:
             while _alive(process.pid):
                 time.sleep(0.05)
                 assert time.time() - _struck(path) < 20, "a process stays behind"
-            end = time.time()
+            seconds = time.time() - _struck(path)
         finally:
             if _alive(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
-    return code, (path / "err").read_text(), end
+    return _Run(code, (path / "out").read_text(), (path / "err").read_text(), seconds)
 
 
 def _alive(group: int) -> bool:
@@ -49,44 +62,54 @@ def _struck(path: Path) -> float:
     return float((path / "clock").read_text()) if (path / "clock").exists() else time.time()
 
 
+SCRIPTS = {
+    "exception": ("backward", "1", "raise"),
+    "death of the child": ("forward", "1", "kill"),
+    "death of the main process": ("step", "0", "exit"),
+    "deaf": ("on_train_batch_start", "0", "both"),
+    "workers": ("forward", "0", "kill", "2"),
+    "leave": ("leave", "1", "raise"),
+    "normal": ("after", "0", "raise"),
+}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
+    """All runs, two at a time: each spends most of its time importing."""
+    paths = {name: tmp_path_factory.mktemp("script") for name in SCRIPTS}
+    with ThreadPoolExecutor(2) as executor:
+        yield {name: executor.submit(_run, paths[name], *SCRIPTS[name]) for name in SCRIPTS}
+
+
 @pytest.mark.parametrize(
-    ("place", "rank", "how", "message"),
+    ("name", "message"),
     [
-        ("forward", 0, "raise", "stage 1 (rank 0) failed in forward of micro-batch 1: ValueError: boom in forward"),
-        ("backward", 1, "raise", "stage 0 (rank 1) failed in backward of micro-batch 1: ValueError: boom in backward"),
-        ("forward", 1, "kill", "stage 0 (rank 1) died without a word"),
-        ("step", 0, "exit", "stage 1 (rank 0) died without a word"),
-        ("on_train_batch_start", 0, "both", "stage 1 (rank 0) failed: ValueError: boom in on_train_batch_start"),
+        ("exception", "stage 0 (rank 1) failed in backward of micro-batch 1: ValueError: boom in backward"),
+        ("death of the child", "stage 0 (rank 1) died without a word"),
+        ("death of the main process", "stage 1 (rank 0) died without a word"),
+        ("deaf", "stage 1 (rank 0) failed: ValueError: boom in on_train_batch_start"),
+        ("workers", "stage 1 (rank 0) died without a word"),
     ],
 )
-def test_nothing_stays_behind(tmp_path: Path, place: str, rank: int, how: str, message: str) -> None:
-    """In the last case rank 1 sleeps in the user's code, where it cannot hear."""
-    code, err, end = _run(tmp_path, place, str(rank), how)
-    seconds = end - _struck(tmp_path)
-    print(f"{seconds:6.2f} s  {place} of rank {rank}: {how}")
-    assert code != 0 and code != -signal.SIGABRT and code != -signal.SIGSEGV, err
-    assert message in err, err
-    assert "core dumped" not in err and "terminate called" not in err, err
-    assert seconds < 15
+def test_nothing_stays_behind(scripts: Any, name: str, message: str) -> None:
+    """Deaf: rank 1 sleeps in the user's code. Workers: forked ones inherit sockets, and must not keep them open."""
+    run = scripts[name].result()
+    print(f"{run.seconds:6.2f} s  {name}: {SCRIPTS[name]}")
+    assert run.code not in (0, -signal.SIGABRT, -signal.SIGSEGV), run.err
+    assert "core dumped" not in run.err and "terminate called" not in run.err, run.err
+    assert message in run.err, run.err
+    assert run.seconds < 15
 
 
-def test_death_with_workers_of_a_data_loader(tmp_path: Path) -> None:
-    """A forked worker inherits the sockets of rank 0, and must not keep them open when that dies."""
-    code, err, end = _run(tmp_path, "forward", "0", "kill", "2")
-    assert code == -signal.SIGKILL
-    assert "stage 1 (rank 0) died without a word" in err, err
-    assert end - _struck(tmp_path) < 15  # the workers themselves look for their parent every 5 s
+def test_a_rank_that_leaves_while_others_go_on(scripts: Any) -> None:
+    run = scripts["leave"].result()
+    assert run.code != 0
+    assert "but stage 0 (rank 1) has come to the end of its program" in run.err, run.err
 
 
-def test_a_rank_that_leaves_while_others_go_on(tmp_path: Path) -> None:
-    code, err, _ = _run(tmp_path, "leave", "1", "raise")
-    assert code != 0
-    assert "but stage 0 (rank 1) has come to the end of its program" in err, err
-
-
-def test_a_normal_end(tmp_path: Path) -> None:
+def test_a_normal_end(scripts: Any) -> None:
     """Rank 0 goes on alone for a while after training."""
-    code, err, _ = _run(tmp_path, "after", "0", "raise")
-    assert code == 0, err
-    assert "lwpm]" not in err and "Error" not in err, err
-    assert (tmp_path / "out").read_text().count("done") == 2
+    run = scripts["normal"].result()
+    assert run.code == 0, run.err
+    assert "[lwpm]" not in run.err and "Error" not in run.err, run.err
+    assert run.out.count("done") == 2
