@@ -1,10 +1,10 @@
 """The processes of a run: how they start, meet, agree, and hear of each other's failures."""
 
-import atexit
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import torch
@@ -95,8 +95,9 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         init_connection(self.cluster_environment, "gloo", timeout=self.timeout)
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
         self.transport = Transport(self._mailbox)
-        atexit.register(self._mailbox.close)
-        atexit.register(self.transport.close)
+        # not `atexit`, which processes started by `multiprocessing` leave out: their end would look like a death
+        Finalize(None, self.transport.close, exitpriority=20)
+        Finalize(None, self._mailbox.close, exitpriority=10)
 
     @property
     def mailbox(self) -> Mailbox:
