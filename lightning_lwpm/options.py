@@ -17,6 +17,7 @@ def check_options(
     data_parallel_size: Any,
     process_group_backend: Any,
     start_method: Any,
+    patience: Any,
 ) -> None:
     """Check the options that need no model.
 
@@ -30,15 +31,16 @@ def check_options(
             f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
             'integer, such as four for each device, or "auto".'
         )
-    if schedule not in SCHEDULES:
+    if schedule not in list(SCHEDULES):
         near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigurationError(f"schedule={schedule!r} is not known. Known are: {_listed(SCHEDULES)}.{hint}")
     names = isinstance(partition, list | tuple) and all(isinstance(name, str) for name in partition)
     if partition != "auto" and not names:
+        example = partition if isinstance(partition, str) and "." in partition else "model.layers.6"
         raise ConfigurationError(
             f'partition={partition!r}: pass "auto", or a list with the dotted names of the layers that begin the '
-            'second, third, ... stage, such as ["model.layers.6"].'
+            f'second, third, ... stage, such as ["{example}"].'
         )
     if virtual_stages != 1:
         raise ConfigurationError(
@@ -56,6 +58,10 @@ def check_options(
     if start_method not in ("popen", "spawn", "fork", "forkserver"):
         raise ConfigurationError(
             f"start_method={start_method!r} is not known. Known are: 'popen', 'spawn', 'fork', 'forkserver'."
+        )
+    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
+        raise ConfigurationError(
+            f"patience={patience!r}: pass the seconds after which a wait is explained, or 0 for never."
         )
 
 

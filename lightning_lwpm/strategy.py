@@ -85,6 +85,7 @@ class LWPMStrategy(ProcessesStrategy):
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
             start_method=start_method,
+            patience=patience,
         )
         self.num_microbatches, self.schedule = num_microbatches, schedule
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
@@ -120,7 +120,15 @@ class Feed:
         structure = batch.structure()
         for rank in range(1, self.mailbox.world):
             leaves = batch.lean(self._wanted[rank, structure])
-            self.mailbox.post(rank, "batch", key, (batch.spec, leaves))
+            try:
+                self.mailbox.post(rank, "batch", key, (batch.spec, leaves))
+            except LWPMError:
+                raise
+            except Exception as error:
+                raise ConfigurationError(
+                    "a batch holds something that cannot be sent to the other ranks, because it cannot be pickled: "
+                    f"{type(error).__name__}: {error}. Leave it out of the batch, in the dataset or the `collate_fn`."
+                ) from error
 
     def send_ahead(self, value: Any) -> int:
         """Send a batch of an evaluation before its turn; returns its number."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pool import Pool
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from training.modules import Classifier, train_loader
 from training.runs import run_here
 
@@ -27,6 +27,10 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
         ({"process_group_backend": "nccl"}, ["process_group_backend='nccl'", "not built yet", "gloo"]),
         ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),
+        ({"schedule": ["1f1b"]}, ["schedule=['1f1b']", "is not known"]),
+        ({"partition": "blocks.2"}, ["partition='blocks.2'", 'such as ["blocks.2"]']),
+        ({"patience": -1}, ["patience=-1", "0 for never"]),
+        ({"patience": "long"}, ["patience='long'"]),
     ],
 )
 def test_options(option: dict[str, Any], texts: list[str]) -> None:
@@ -55,6 +59,17 @@ class Constant(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.loss(batch)
         return torch.tensor(1.0)
+
+
+class Number(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.loss(batch)
+        return 3.5
+
+
+class Two(Classifier):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
 
 
 class Nothing(Classifier):
@@ -98,17 +113,27 @@ def fit(kwargs: dict[str, Any], kind: type[Classifier], loader: Any = None) -> N
 
 def unpicklable() -> DataLoader:
     items = [{"pair": pair, "hook": lambda: 0} for pair in train_loader(8).dataset]
-    return DataLoader(items, 4, collate_fn=lambda rows: {"pair": rows[0]["pair"], "hook": rows[0]["hook"]})
+    return DataLoader(
+        items,
+        4,
+        collate_fn=lambda rows: {"pair": default_collate([row["pair"] for row in rows]), "hook": rows[0]["hook"]},
+    )
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
-    "wrong number of layers": (Classifier, {"partition": ["blocks.1", "blocks.2"]}, ["2", "1"]),
     "no parameters": (Empty, {}, ["Empty", "no parameters"]),
     "manual optimization": (Manual, {}, ["automatic_optimization=False"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["returned None"]),
+    "a number as loss": (Number, {}, ["`training_step` returned float 3.5", "as a tensor"]),
+    "two optimizers": (Two, {}, ["multiple optimizers"]),
+    "too many layers": (
+        Classifier,
+        {"partition": ["blocks.1", "blocks.2"]},
+        ["names 2 layer(s), but 2 rank(s) need 1"],
+    ),
     "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
     "an exception in a layer": (
         Raises,
@@ -147,7 +172,10 @@ def test_what_cannot_be_sent(pool: Pool, tmp_path: Any) -> None:
 
     outcomes = pool.outcomes(2, run_here, scenario, str(tmp_path), {}, timeout=30, keep=True)
     assert not any(ok for ok, _ in outcomes)
-    assert all("pickle" in error[1] or "lambda" in error[1] for _, error in outcomes), outcomes
+    for _, error in outcomes:
+        assert error[0] == "ConfigurationError"
+        assert "a batch holds something that cannot be sent" in error[1] and "pickle" in error[1], error
+        assert "`collate_fn`" in error[1]
 
 
 class Small(L.LightningModule):
