@@ -129,10 +129,6 @@ def stream(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, Classifier(), DataLoader(Stream(), 8), max_epochs=1)
 
 
-def workers(kwargs: dict[str, Any]) -> Any:
-    return fit(kwargs, seeded(), train_loader(36, num_workers=1, multiprocessing_context="fork"), max_epochs=1)
-
-
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -147,7 +143,6 @@ def workers(kwargs: dict[str, Any]) -> Any:
         dict_batches,
         two_loaders,
         stream,
-        workers,
     ],
 )
 @pytest.mark.parametrize("world", [2, 3])
