@@ -3,11 +3,12 @@
 import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lwpm.partition.record import Call, Counter, Recorder
+from lightning_lwpm.partition.segment import Segment, cut
 from lightning_lwpm.partition.timeline import LayerCall, Timeline
 
 __all__ = ["Probe", "describe"]
@@ -24,6 +25,8 @@ class Probe:
         buffers: The same for buffers that belong to a layer or were changed; others are constants, kept everywhere.
         attributes: Module name and attribute name of plain tensors that the step stored on modules.
         hooked: Modules with forward hooks that do something with what they are given.
+        sizes: Parameter or buffer name -> its bytes, and the bytes of its gradient (0 if it has none).
+        segments: The layer calls as they can be run by themselves, one each.
     """
 
     timeline: Timeline
@@ -32,6 +35,8 @@ class Probe:
     buffers: dict[str, tuple[int, ...]]
     attributes: tuple[tuple[str, str], ...] = ()
     hooked: tuple[str, ...] = ()
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
 
 
 def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:
@@ -48,11 +53,23 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
     parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
     buffers = _owned_buffers(root, recorder, layers, uses, changed)
     timeline = Timeline(
-        _layer_calls(root, layers, parameters, counter),
+        _layer_calls(root, recorder, layers, parameters, counter),
         _bytes_alive(recorder, layers),
         _allowed(recorder, layers, [where for name, where in buffers.items() if name in changed]),
     )
-    return Probe(timeline, _spans(recorder.calls, layers), parameters, buffers)
+    tensors = [*root.named_parameters(), *root.named_buffers()]
+    return Probe(
+        timeline,
+        _spans(recorder.calls, layers),
+        parameters,
+        buffers,
+        sizes={n: (_bytes(t), _bytes(t) if t.requires_grad else 0) for n, t in tensors},
+        segments=tuple(cut(root, recorder.operations, layers.at, len(layers.calls))),
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class _Layers:
@@ -139,13 +156,21 @@ def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int,
 
 
 def _layer_calls(
-    root: nn.Module, layers: _Layers, parameters: Mapping[str, tuple[int, ...]], counter: Counter
+    root: nn.Module,
+    recorder: Recorder,
+    layers: _Layers,
+    parameters: Mapping[str, tuple[int, ...]],
+    counter: Counter,
 ) -> tuple[LayerCall, ...]:
-    sizes = {n: (p.numel(), p.numel() * p.element_size()) for n, p in root.named_parameters()}
+    sizes = {n: (p.numel(), _bytes(p)) for n, p in root.named_parameters()}
     first: dict[int, list[str]] = defaultdict(list)
     for name, where in parameters.items():
         first[where[0]].append(name)
-    flops, moved = layers.sums(counter.flops), layers.sums(counter.bytes)
+    flops, moved, kept = layers.sums(counter.flops), layers.sums(counter.bytes), _kept(recorder, layers)
+    passing = [0] * len(layers.calls)
+    for operation in recorder.operations:
+        at = layers.at(operation.time)
+        passing[at] = max(passing[at], *(_bytes(t) for t in [*operation.inputs, *operation.outputs]), 0)
     occurrences: dict[str, int] = defaultdict(int)
     described = []
     for position, call in enumerate(layers.calls):
@@ -157,10 +182,21 @@ def _layer_calls(
                 bytes_moved=moved[position],
                 parameter_bytes=sum(sizes[n][1] for n in first[position]),
                 parameters=sum(sizes[n][0] for n in first[position]),
+                kept_bytes=kept[position],
+                passing_bytes=passing[position],
+                recomputed=any(region.start < call.start <= region.end for region in recorder.regions),
             )
         )
         occurrences[call.name] += 1
     return tuple(described)
+
+
+def _kept(recorder: Recorder, layers: _Layers) -> list[int]:
+    """Bytes kept for the backward pass, by the position that made them; weights are counted apart."""
+    kept = [0] * len(layers.calls)
+    for key, (time, nbytes) in recorder.saved.items():
+        kept[layers.at(recorder.born[key][0] if key in recorder.born else time)] += nbytes
+    return kept
 
 
 def _bytes_alive(recorder: Recorder, layers: _Layers) -> tuple[int, ...]:

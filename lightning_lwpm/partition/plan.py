@@ -7,20 +7,26 @@
     rank                  1           |       0               the last stage lives on rank 0
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_lwpm.errors import ConfigurationError
-from lightning_lwpm.partition.costs import estimate_seconds, transfer_seconds
+from lightning_lwpm.partition.costs import Costs, estimate
+from lightning_lwpm.partition.cuts import ancestors, find_cuts, label
 from lightning_lwpm.partition.merge import merge
 from lightning_lwpm.partition.timeline import Timeline
+from lightning_lwpm.partition.units import human, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from lightning_lwpm.partition.memory import Memory
+
+__all__ = ["PartitionPlan", "Prediction", "StagePlan", "make_plan"]
 
 Placement = Callable[[int], Sequence[int]] | Sequence[int]
 """The rank of each stage, or a function from the number of stages to them."""
@@ -37,7 +43,10 @@ class StagePlan:
         parameters: Number of (scalar) parameters first used in it.
         parameter_bytes: Their bytes.
         share: Its part of the work of the whole step, from 0 to 1.
-        bytes_onward: Bytes alive at its end, which later stages may need; 0 for the last stage.
+        bytes_onward: Bytes alive at its end, which later stages may need, for one micro-batch; 0 for the last stage.
+        forward_seconds: Its forward pass of one micro-batch; on a nominal machine where nothing was measured.
+        backward_seconds: The same for the backward pass.
+        memory: Bytes that it needs on its device at the worst moment, by what they are for; empty if not known.
     """
 
     index: int
@@ -47,6 +56,33 @@ class StagePlan:
     parameter_bytes: int
     share: float
     bytes_onward: int
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def begins(self) -> str:
+        """The layer call with which it begins, as a user writes it."""
+        return label(*self.calls[0])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of a plan.
+
+    Args:
+        num_microbatches: Of how many micro-batches.
+        schedule: In which order.
+        step_seconds: Forward and backward passes of a batch, without the optimizer.
+        bubble: Idle part, from 0 to 1, of the ranks that have a stage.
+        measured: How many of the layer calls have been measured; the others are estimated from FLOPs.
+    """
+
+    num_microbatches: int
+    schedule: str
+    step_seconds: float
+    bubble: float
+    measured: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,10 +92,12 @@ class PartitionPlan:
     Args:
         stages: The stages; fewer than ``num_ranks`` where the model has too few layers.
         num_ranks: Number of ranks; those without a stage stay idle.
+        prediction: What is expected of it.
     """
 
     stages: tuple[StagePlan, ...]
     num_ranks: int
+    prediction: Prediction | None = None
 
     @property
     def cuts(self) -> list[int]:
@@ -73,87 +111,125 @@ class PartitionPlan:
 
     def table(self) -> Table:
         """Draw the plan as a table, one row a stage, and one for each rank that holds none."""
-        table = Table("stage", "rank", "layers", title="partition")
-        for column in ("parameters", "share of work", "sent onward"):
+        timed = self.prediction is not None and self.prediction.measured > 0
+        table = Table("stage", "rank", "layers", title="partition", caption=self._caption() or None)
+        for column in ("parameters", "forward + backward" if timed else "share of work", "memory", "sent onward"):
             table.add_column(column, justify="right")
-        for stage, layers in zip(self.stages, self._layers(), strict=True):
+        for stage, layers in zip(self.stages, self.layers(), strict=True):
             last = stage is self.stages[-1]
+            times = f"{human_seconds(stage.forward_seconds)} + {human_seconds(stage.backward_seconds)}"
             table.add_row(
                 str(stage.index),
                 str(stage.rank),
                 escape(layers),
-                _human(stage.parameters, 1000, ("", "K", "M", "B")),
-                f"{stage.share:.1%}",
-                "-" if last else _human(stage.bytes_onward, 1024, ("B", "KiB", "MiB", "GiB")),
+                human(stage.parameters),
+                f"{times} ({stage.share:.1%})" if timed else f"{stage.share:.1%}",
+                human_bytes(sum(stage.memory.values())) if stage.memory else "-",
+                "-" if last else human_bytes(stage.bytes_onward),
             )
         for rank in sorted(set(range(self.num_ranks)) - {stage.rank for stage in self.stages}):
-            table.add_row("-", str(rank), "none", "-", "-", "-")
+            table.add_row("-", str(rank), "none", "-", "-", "-", "-")
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain numbers, strings, lists and dicts, ready for JSON or YAML."""
-        stages = [{**asdict(stage), "calls": [list(call) for call in stage.calls]} for stage in self.stages]
-        return {"stages": stages, "num_ranks": self.num_ranks}
+        stages = [
+            {**asdict(stage), "calls": [list(call) for call in stage.calls], "memory": dict(stage.memory)}
+            for stage in self.stages
+        ]
+        prediction = asdict(self.prediction) if self.prediction else None
+        return {"stages": stages, "num_ranks": self.num_ranks, "prediction": prediction}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "PartitionPlan":
+    def from_dict(cls, data: Mapping[str, Any]) -> "PartitionPlan":
         """Build the plan that ``to_dict`` was called on."""
         stages = (
             StagePlan(**{**stage, "calls": tuple((str(name), int(k)) for name, k in stage["calls"])})
             for stage in data["stages"]
         )
-        return cls(tuple(stages), data["num_ranks"])
+        prediction = Prediction(**data["prediction"]) if data.get("prediction") else None
+        return cls(tuple(stages), data["num_ranks"], prediction)
 
-    def _layers(self) -> Iterator[str]:
+    def layers(self) -> Iterator[str]:
         """Name the layers of each stage by the largest modules that lie in it as a whole."""
         homes: dict[str, set[int]] = {}
         for stage in self.stages:
             for name, _ in stage.calls:
-                for ancestor in _ancestors(name):
+                for ancestor in ancestors(name):
                     homes.setdefault(ancestor, set()).add(stage.index)
         for stage in self.stages:
-            whole = (next((a for a in _ancestors(name) if len(homes[a]) == 1), name) for name, _ in stage.calls)
+            whole = (next((a for a in ancestors(name) if len(homes[a]) == 1), name) for name, _ in stage.calls)
             labels = list(dict.fromkeys(whole))
             span = ", ".join(labels) if len(labels) <= 2 else f"{labels[0]} … {labels[-1]}"
             yield f"{span} ({len(stage.calls)} call{'s' if len(stage.calls) != 1 else ''})"
 
+    def _caption(self) -> str:
+        """What is expected of the plan, in a sentence."""
+        told = self.prediction
+        if told is None or not told.measured:
+            return ""
+        calls = sum(len(stage.calls) for stage in self.stages)
+        guessed = calls - told.measured
+        source = f" {guessed} of {calls} layer calls are estimated from FLOPs." if guessed else ""
+        return (
+            f"{told.num_microbatches} micro-batches, {told.schedule}: expected {human_seconds(told.step_seconds)} a batch "
+            f"without the optimizer, bubble {told.bubble:.0%}.{source}"
+        )
+
 
 def make_plan(
-    timeline: Timeline, num_ranks: int, partition: str | Sequence[str], placement: Placement
+    timeline: Timeline,
+    num_ranks: int,
+    partition: str | Sequence[str],
+    placement: Placement,
+    costs: Costs | None = None,
+    microbatches: int | None = None,
+    memory: "Memory | None" = None,
 ) -> PartitionPlan:
     """Partition a timeline over ranks, one stage a rank.
 
     Args:
         timeline: The layer calls of a step.
         num_ranks: Number of ranks.
-        partition: ``"auto"`` for the best balance, or the names of the layers that begin stages 1, 2, ...: of a
-            layer that is called, or of any module around such layers (``"model.h.5"``).
+        partition: ``"auto"`` for the best balance, or the layers that begin stages 1, 2, ...: see
+            :func:`~lightning_lwpm.partition.cuts.find_cuts`.
         placement: The rank of each stage, or a function from the number of stages to them.
+        costs: What the calls cost; estimated from FLOPs by default.
+        microbatches: Number of micro-batches, over which filling and draining the pipeline spreads; many by default.
+        memory: What the stages' devices hold; no limit by default.
 
     Returns:
         The plan. With ``"auto"`` it has fewer stages than ranks where the timeline has too few places to cut.
 
     Raises:
-        ConfigurationError: If ``partition`` or ``placement`` does not fit the timeline and the ranks.
+        ConfigurationError: If ``partition`` or ``placement`` does not fit the timeline and the ranks, or the model does
+            not fit the devices.
     """
     if num_ranks < 1:
         raise ConfigurationError(f"num_ranks={num_ranks!r}: at least one rank is needed")
     if not timeline.calls:
         raise ConfigurationError("the step calls no layer, so there is nothing to partition; is the model empty?")
-    work = [estimate_seconds(call.flops, call.bytes_moved) for call in timeline.calls]
+    costs = costs or estimate(timeline)
     if isinstance(partition, str):
         if partition != "auto":
             raise ConfigurationError(
                 f"unknown partition={partition!r}; use 'auto', or a list of the layers that begin a stage, "
                 f"such as [{partition!r}]"
             )
-        # Activations cross in the forward pass and gradients of the same size in the backward pass.
-        boundary = [2 * transfer_seconds(nbytes) for nbytes in timeline.boundary_bytes]
-        cuts = merge(work, boundary, timeline.allowed, num_ranks)
+        # Activations cross in the forward pass and gradients of the same size in the backward pass. Over gloo both
+        # ends are busy with it meanwhile.
+        boundary = [2 * nbytes / costs.link.bytes_per_second for nbytes in timeline.boundary_bytes]
+        more = (
+            {}
+            if memory is None and microbatches is None
+            else {"microbatches": microbatches, "feasible": memory.feasible if memory else None}
+        )
+        cuts = merge(costs.work, boundary, timeline.allowed, num_ranks, **more)
     else:
-        cuts = _find_cuts(timeline, num_ranks, list(partition))
+        cuts = find_cuts(timeline, num_ranks, list(partition))
     ranks = _ranks(placement, len(cuts) + 1, num_ranks)
 
+    work = costs.work
     edges = [0, *cuts, len(work)]
     total = sum(work)
     stages = []
@@ -168,48 +244,12 @@ def make_plan(
                 parameter_bytes=sum(call.parameter_bytes for call in calls),
                 share=sum(work[begin:end]) / total if total else len(calls) / len(work),
                 bytes_onward=timeline.boundary_bytes[end] if end < len(work) else 0,
+                forward_seconds=sum(cost.forward for cost in costs.calls[begin:end]),
+                backward_seconds=sum(cost.backward for cost in costs.calls[begin:end]),
+                memory=memory.breakdown(index, len(ranks), begin, end) if memory is not None else {},
             )
         )
     return PartitionPlan(tuple(stages), num_ranks)
-
-
-def _find_cuts(timeline: Timeline, num_ranks: int, names: list[str]) -> list[int]:
-    """Return the position at which each name begins, or say what is wrong with the names."""
-    if len(names) != num_ranks - 1:
-        raise ConfigurationError(
-            f"partition={names!r} names {len(names)} layer(s), but {num_ranks} rank(s) need {num_ranks - 1}: "
-            f"one for each stage except the first, which begins by itself"
-        )
-    begins: dict[str, int] = {}
-    for index, call in enumerate(timeline.calls):
-        for ancestor in _ancestors(call.name):
-            begins.setdefault(ancestor, index)
-    for name in names:
-        if name not in begins:
-            raise ConfigurationError(f"partition={names!r}: the step calls no layer {name!r}; {_near(name, begins)}")
-        if begins[name] == 0:
-            raise ConfigurationError(
-                f"partition={names!r}: {name!r} is where the step begins, so the stage before it would be empty; "
-                f"leave it out or name a later layer"
-            )
-    ordered = sorted(names, key=lambda name: begins[name])
-    for left, right in pairwise(ordered):
-        if begins[left] == begins[right]:
-            where = repr(left) if left == right else f"{left!r} and {right!r}"
-            raise ConfigurationError(
-                f"partition={names!r}: two stages would begin at the same place, {where}; name two different layers"
-            )
-    if names != ordered:
-        raise ConfigurationError(
-            f"partition={names!r} is not in the order in which the layers run; write partition={ordered!r}"
-        )
-    for name in names:
-        if not timeline.allowed[begins[name]]:
-            places = {begin: place for place, begin in reversed(begins.items()) if begin and timeline.allowed[begin]}
-            near = sorted(sorted(places, key=lambda begin: abs(begin - begins[name]))[:3])
-            hint = f"the nearest places are {_listed([places[i] for i in near])}" if near else "nor anywhere else"
-            raise ConfigurationError(f"partition={names!r}: no stage can begin at {name!r}; {hint}")
-    return [begins[name] for name in names]
 
 
 def _ranks(placement: Placement, num_stages: int, num_ranks: int) -> list[int]:
@@ -220,30 +260,3 @@ def _ranks(placement: Placement, num_stages: int, num_ranks: int) -> list[int]:
         if not 0 <= rank < num_ranks:
             raise ConfigurationError(f"placement={ranks!r}: there is no rank {rank!r} among {num_ranks}")
     return ranks
-
-
-def _ancestors(name: str) -> list[str]:
-    """``"a.b.c"`` gives ``["a", "a.b", "a.b.c"]``."""
-    return list(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
-
-
-def _near(name: str, known: dict[str, int]) -> str:
-    # A forgotten prefix ("h.5" for "model.h.5") is the commonest slip, and far off for difflib.
-    inside = [candidate for candidate in known if candidate.endswith(f".{name}")]
-    near = (inside + [c for c in difflib.get_close_matches(str(name), known) if c not in inside])[:3]
-    return f"did you mean {_listed(near)}?" if near else f"it begins with {_listed(list(known)[:3])}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _human(value: float, base: int, units: tuple[str, ...]) -> str:
-    """``_human(3_200_000, 1000, ("", "K", "M"))`` gives ``"3.2 M"``."""
-    text = f"{value:.0f} {units[0]}"
-    for unit in units[1:]:
-        if value < base - 0.05:  # what would be rounded up to the base belongs to the next unit
-            break
-        value /= base
-        text = f"{value:.1f} {unit}"
-    return text.strip()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.describe import Probe, describe
@@ -37,7 +38,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         (n, m) for n, m in root.named_modules() if n and id(m) not in apart and next(m.parameters(), None) is not None
     ]
     versions = {n: (id(b), b._version) for n, b in root.named_buffers()}
-    recorder = Recorder(named)
+    recorder = Recorder(named, [tensor for _, tensor in every])
     counter = Counter(recorder)
     calls = recorder.calls
     stack: list[Call] = []
@@ -47,7 +48,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         if stack:
             stack[-1].has_inner = True
         recorder.touch((args, kwargs))
-        call = Call(names[module], recorder.clock, functions=recorder.functions)
+        call = Call(names[module], recorder.clock, functions=recorder.functions, operations=len(recorder.operations))
         calls.append(call)
         stack.append(call)
 
@@ -56,6 +57,9 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         recorder.produce(out)
         recorder.clock += 1
         call.end = recorder.clock
+        if not call.has_inner:  # a layer: what happened inside is its own affair
+            del recorder.operations[call.operations :]
+            recorder.note(call.name, args, kwargs, out)
 
     names = {module: name for name, module in holders}
     handles = []
@@ -64,7 +68,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
-            with counter, recorder, recorder.watching_checkpoints():
+            with counter, recorder, recorder.watching_checkpoints(), saved_tensors_hooks(recorder.save, _same):
                 step()
         finally:
             for handle in handles:
@@ -85,3 +89,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         attributes=attributes,
         hooked=tuple(n for n, m in root.named_modules() if m in hooked),
     )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,7 +1,7 @@
 """What happens in one run of a step: calls of modules, uses of tensors, work done; time is a counter of events."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_lwpm.staging.remote import is_metadata
-from lightning_lwpm.staging.tree import tensors
+from lightning_lwpm.staging.tree import flatten, tensors
 
-__all__ = ["Call", "Counter", "Recorder", "Region"]
+__all__ = ["Call", "Counter", "Operation", "Recorder", "Region", "storage"]
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Call:
     end: int = 0
     has_inner: bool = False
     functions: int = 0  # torch functions called before it
+    operations: int = 0  # operations noted before it
 
 
 @dataclass
@@ -38,12 +39,34 @@ class Region:
     end: int = 0
 
 
+@dataclass
+class Operation:
+    """A call of a layer or of a torch function, to be run again by itself.
+
+    Attributes:
+        call: The layer's name, or the function.
+        spec: Its arguments without tensors, see :func:`~lightning_lwpm.staging.tree.flatten`.
+        inputs: The tensors among its arguments.
+        outputs: The tensors that it returned.
+        time: When it ended.
+        grad: Whether autograd followed it.
+    """
+
+    call: str | Callable[..., Any]
+    spec: Any
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    time: int
+    grad: bool
+
+
 class Recorder(TorchFunctionMode):
     """Follows tensors through functions; time is a counter of events."""
 
-    def __init__(self, named: dict[int, str]) -> None:
+    def __init__(self, named: dict[int, str], weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.named = named  # id of parameter or buffer -> its name
+        self.weights = {storage(tensor) for tensor in weights}
         self.clock = 0
         self.functions = 0
         self.all_functions = 0  # also those of constants
@@ -53,6 +76,8 @@ class Recorder(TorchFunctionMode):
         self.born: dict[int, tuple[int, int]] = {}  # storage -> (time, bytes)
         self.read: dict[int, int] = {}  # storage -> time of last use
         self.keep: list[Tensor] = []  # so that no address is used twice
+        self.operations: list[Operation] = []
+        self.saved: dict[int, tuple[int, int]] = {}  # storage kept for the backward pass -> (time, bytes)
 
     def touch(self, values: Any) -> bool:
         """Note the use of tensors; whether any of them depends on parameters."""
@@ -76,6 +101,21 @@ class Recorder(TorchFunctionMode):
                 self.born[key] = (self.clock, tensor.numel() * tensor.element_size())
                 self.keep.append(tensor)
 
+    def note(self, call: str | Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        """Note an operation, to be run again by itself."""
+        inputs: list[Tensor] = []
+        spec = flatten((args, kwargs), inputs)
+        self.operations.append(Operation(call, spec, inputs, tensors(out), self.clock, torch.is_grad_enabled()))
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Note a tensor that autograd keeps for the backward pass, unless it is a weight."""
+        with torch._C.DisableTorchFunction():
+            key = storage(tensor)
+            if key not in self.saved and key not in self.weights:
+                self.saved[key] = (self.clock, tensor.numel() * tensor.element_size())
+                self.keep.append(tensor)
+        return tensor
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if is_metadata(func):
@@ -87,6 +127,7 @@ class Recorder(TorchFunctionMode):
             self.clock += 1
             self.functions += 1
             self.produce(out)
+            self.note(func, args, kwargs, out)
         return out
 
     @contextmanager

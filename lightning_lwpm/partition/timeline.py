@@ -23,6 +23,9 @@ class LayerCall:
         bytes_moved: Bytes that the operations of the forward pass write.
         parameter_bytes: Bytes of the parameters first used in this call.
         parameters: Number of (scalar) parameters first used in this call.
+        kept_bytes: Bytes made in this call and kept for its backward pass, or that of a later call.
+        passing_bytes: Bytes of the largest of what it takes and returns.
+        recomputed: Whether the user has it computed again in the backward pass (``torch.utils.checkpoint``).
     """
 
     name: str
@@ -31,6 +34,9 @@ class LayerCall:
     bytes_moved: float
     parameter_bytes: int
     parameters: int
+    kept_bytes: int = 0
+    passing_bytes: int = 0
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lightning_lwpm.errors import ConfigurationError
-from lightning_lwpm.partition.costs import estimate_seconds, transfer_seconds
+from lightning_lwpm.partition.costs import Link, estimate_seconds
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
 from lightning_lwpm.partition.timeline import LayerCall, Timeline
 
@@ -179,4 +179,4 @@ def test_a_timeline_checks_its_lengths():
 def test_costs_on_the_nominal_machine():
     assert estimate_seconds(50e9, 10e9, train=False) == pytest.approx(2)
     assert estimate_seconds(50e9, 10e9) == pytest.approx(6)
-    assert transfer_seconds(1e9) == pytest.approx(0.5)
+    assert Link(latency=0.1).seconds(1e9) == pytest.approx(0.6)

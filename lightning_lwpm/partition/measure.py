@@ -1,0 +1,94 @@
+"""Times segments: forward pass, backward pass and the weight gradients' part of it, on the device that will run them.
+
+A pipeline holds several micro-batches between their forward and their backward pass, so memory is fresh and caches are
+cold. So that a segment meets the same by itself, a few forward passes run first, and their backward passes after them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from lightning_lwpm.partition.costs import CallCost
+from lightning_lwpm.partition.segment import Segment
+
+__all__ = ["time_segment"]
+
+_HELD = 4
+"""Forward passes before the first backward pass."""
+
+_MOST_ROUNDS = 8
+
+
+def time_segment(
+    segment: Segment,
+    root: nn.Module,
+    device: torch.device,
+    train: bool = True,
+    seconds: float = 0.02,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> CallCost:
+    """Time a segment by itself.
+
+    Args:
+        segment: What to run.
+        root: The model, whose layers are copied to the device; nothing of it is changed.
+        device: Where to run.
+        train: Whether a backward pass follows.
+        seconds: Repeat it until this much time has been measured.
+        context: Entered around each forward pass (precision).
+
+    Raises:
+        Exception: whatever the segment raises, because it cannot be run by itself.
+    """
+    modules = segment.modules(root, device)
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    clock = _Clock(device)
+
+    def rounds(count: int, copies: int = _HELD) -> tuple[list[float], list[float]]:
+        forwards, backwards = [], []
+        for _ in range(count):
+            held = []
+            for _ in range(copies):
+                env = segment.inputs(device)
+                with context(), torch.set_grad_enabled(train):
+                    begin = clock()
+                    results = segment.run(modules, env)
+                    forwards.append(clock() - begin)
+                held.append(results if train else [])
+                del env, results
+            while held:
+                results = held.pop(0)
+                gradients = [torch.ones_like(result) for result in results]
+                begin = clock()
+                if results:
+                    torch.autograd.backward(results, gradients)
+                backwards.append(clock() - begin)
+                del results, gradients
+        return forwards, backwards
+
+    first = sum(map(sum, rounds(1, 1))) * _HELD  # also warms up
+    count = max(1, min(_MOST_ROUNDS, round(seconds / max(first, 1e-9))))
+    forwards, backwards = rounds(count)
+    forward, backward = statistics.median(forwards), statistics.median(backwards)
+    if not (train and parameters):
+        return CallCost(forward, backward if train else 0.0, 0.0)
+    for parameter in parameters:
+        parameter.requires_grad_(False).grad = None
+    _, rest = rounds(max(1, count // 2), _HELD // 2)
+    return CallCost(forward, backward, max(0.0, backward - statistics.median(rest)))
+
+
+class _Clock:
+    """Seconds, once the device has done what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
