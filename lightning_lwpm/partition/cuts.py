@@ -1,7 +1,6 @@
 """Finds the places that a user has named in a timeline, or says what is wrong with the names."""
 
 import difflib
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from lightning_lwpm.errors import ConfigurationError

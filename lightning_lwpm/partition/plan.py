@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -172,8 +172,8 @@ class PartitionPlan:
         guessed = calls - told.measured
         source = f" {guessed} of {calls} layer calls are estimated from FLOPs." if guessed else ""
         return (
-            f"{told.num_microbatches} micro-batches, {told.schedule}: expected {human_seconds(told.step_seconds)} a batch "
-            f"without the optimizer, bubble {told.bubble:.0%}.{source}"
+            f"{told.num_microbatches} micro-batches, {told.schedule}: expected {human_seconds(told.step_seconds)} a "
+            f"batch without the optimizer, bubble {told.bubble:.0%}.{source}"
         )
 
 

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +12,22 @@ from torch import Tensor, nn
 
 from lightning_lwpm.staging.tree import tensors
 
-__all__ = ["undone"]
+__all__ = ["generators_kept", "undone"]
+
+
+@contextmanager
+def generators_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Leave the random generators of the host and of a device as they were."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    accelerator = device.type if device is not None and device.type != "cpu" else ""
+    try:
+        with torch.random.fork_rng([device] if accelerator else [], device_type=accelerator or "cuda"):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
 @contextmanager
@@ -21,8 +37,6 @@ def undone(root: nn.Module) -> Any:
     Gives a function that tells, at the end of the block, where it has put tensors into attributes of modules:
     pairs of module name and attribute name.
     """
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None, torch.random.get_rng_state()
     buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
     attributes = [(module, {k: (v, _saved(v)) for k, v in _plain(module).items()}) for module in root.modules()]
     gradients = [(p, p.grad, p.requires_grad) for p in root.parameters()]
@@ -37,12 +51,9 @@ def undone(root: nn.Module) -> Any:
         ]
 
     try:
-        yield stored
+        with generators_kept():
+            yield stored
     finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
         for module, plain in attributes:
             for key in set(_plain(module)) - set(plain):
                 del module.__dict__[key]

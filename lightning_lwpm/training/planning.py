@@ -1,7 +1,5 @@
 """The first batch, the probe and the plan: all that happens before the model is partitioned."""
 
-import random
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_lwpm.partition.apply import make_layout
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
 from lightning_lwpm.partition.probe import Probe, probe
+from lightning_lwpm.partition.undo import generators_kept
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import place
 from lightning_lwpm.report import show_plan
@@ -195,7 +194,7 @@ def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, n
         What was seen; ``None`` if there is no batch.
     """
     train = name == "training_step"
-    with _generators_kept():
+    with generators_kept():
         try:
             batch = _first(feed, loaders) if loaders is not None else None
         except StopIteration:
@@ -226,21 +225,6 @@ def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, n
         trainer.loggers = loggers
         for m, mode in modes:
             m.training = mode
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the random generators as they were, so that the run draws as if nothing had been looked at."""
-    state, torch_state = random.getstate(), torch.random.get_rng_state()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        torch.random.set_rng_state(torch_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
 
 
 def _first(feed: Feed, loaders: Any) -> Any:

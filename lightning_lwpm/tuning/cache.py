@@ -1,0 +1,81 @@
+"""Keeps measured costs on disk, so that the next start of the same model on the same machine need not measure.
+
+One file for each environment (device, number of threads, version of torch, precision); in it, by the digest of a
+segment, its seconds. ``LWPM_CACHE`` names another folder; ``LWPM_CACHE=off`` keeps nothing.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+
+from lightning_lwpm.partition.costs import CallCost
+
+__all__ = ["CostCache", "environment"]
+
+
+def environment(device: torch.device, precision: str) -> str:
+    """All that measured seconds depend on beside the segment."""
+    name = _cpu_name() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{device.type} {name}{threads}, torch {torch.__version__}, precision {precision}"
+
+
+class CostCache:
+    """The measured costs of one environment.
+
+    Args:
+        environment: See :func:`environment`.
+        folder: Where to keep them; by default as ``LWPM_CACHE`` says, or in the user's folder for such things.
+    """
+
+    def __init__(self, environment: str, folder: Path | None = None) -> None:
+        self.environment = environment
+        name = hashlib.sha256(environment.encode()).hexdigest()[:16]
+        folder = folder or _folder()
+        self.path = folder / f"costs-{name}.json" if folder is not None else None
+
+    def read(self, digests: Iterable[str]) -> dict[str, CallCost]:
+        """What is known of some segments. A file that cannot be read counts as empty."""
+        known = self._load()
+        return {digest: CallCost(*known[digest][:3]) for digest in digests if digest in known}
+
+    def write(self, costs: Mapping[str, CallCost]) -> None:
+        """Add costs. A folder that cannot be written is no reason to stop."""
+        if self.path is None or not costs:
+            return
+        seconds = self._load() | {digest: [c.forward, c.backward, c.weight] for digest, c in costs.items()}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+                json.dump({"environment": self.environment, "seconds": seconds}, file)
+            os.replace(file.name, self.path)
+
+    def _load(self) -> dict[str, Any]:
+        if self.path is not None:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                return dict(json.loads(self.path.read_text())["seconds"])
+        return {}
+
+
+def _folder() -> Path | None:
+    named = os.environ.get("LWPM_CACHE", "")
+    if named.lower() == "off":
+        return None
+    return Path(named) if named else user_cache_path("lightning_lwpm")
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,135 @@
+"""Times the distinct segments of a step, the work shared out over the ranks.
+
+::
+
+    rank 0    segments -> distinct -> not in the cache -> shares      gather -> cache -> costs of all calls
+    rank r                                              my share -> seconds
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from lightning_lwpm.partition.costs import CallCost, Costs, Link, estimate_seconds, filled
+from lightning_lwpm.partition.describe import Probe
+from lightning_lwpm.partition.measure import time_segment
+from lightning_lwpm.partition.segment import Segment
+from lightning_lwpm.partition.undo import generators_kept
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.tuning.cache import CostCache
+
+__all__ = ["profile"]
+
+Context = Callable[[], AbstractContextManager[object]]
+
+
+def profile(
+    mailbox: Mailbox,
+    key: object,
+    seen: Probe | None,
+    root: nn.Module,
+    device: torch.device,
+    train: bool,
+    context: Context,
+    cache: CostCache,
+    link: Link,
+) -> Costs:
+    """Measure what the layer calls of a step cost. All ranks take part.
+
+    Args:
+        mailbox: The control connections.
+        key: Names this exchange; the same on all ranks.
+        seen: The step, on rank 0.
+        root: The whole model.
+        device: This rank's device, on which layers are timed one by one.
+        train: Whether backward passes count.
+        context: Entered around each forward pass (precision).
+        cache: Read and written by rank 0.
+        link: The connection of the ranks.
+
+    Returns:
+        The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs.
+    """
+    known: dict[str, CallCost] = {}
+    shares: list[list[bytes]] = []
+    own: list[Segment] = []
+    if seen is not None:
+        known = cache.read({segment.digest for segment in seen.segments})
+        own, shares = _shared_out(seen, known, _workers(mailbox.world, device))
+    shares = mailbox.broadcast((key, "segments"), shares, what="the layers to time")
+    if mailbox.rank and mailbox.rank < len(shares):
+        own = [pickle.loads(segment) for segment in shares[mailbox.rank]]
+    found = _time_all(own, root, device, train, context, mailbox.rank == 0) if own else {}
+    if shares:
+        gathered = mailbox.gather((key, "seconds"), found, "the times of all layers")
+        found = {digest: cost for some in gathered for digest, cost in some.items()}
+    costs = None
+    if seen is not None:
+        cache.write(found)
+        known |= found
+        costs = filled(seen.timeline, _of_calls(seen, known), link)
+    return mailbox.broadcast((key, "costs"), costs, what="the costs of the layers")
+
+
+def _of_calls(seen: Probe, known: Mapping[str, CallCost]) -> list[CallCost | None]:
+    """The cost of each layer call; what the user has computed again costs its forward pass twice."""
+    costs = [known.get(segment.digest) for segment in seen.segments]
+    return [
+        replace(cost, backward=cost.backward + cost.forward) if cost and call.recomputed else cost
+        for cost, call in zip(costs, seen.timeline.calls, strict=True)
+    ]
+
+
+def _workers(world: int, device: torch.device) -> int:
+    """How many ranks can time at once without being in each other's way."""
+    if device.type != "cpu":
+        return world
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(world, cores // torch.get_num_threads()))
+
+
+def _shared_out(seen: Probe, known: Mapping[str, CallCost], workers: int) -> tuple[list[Segment], list[list[bytes]]]:
+    """The segments that rank 0 times, and each rank's share as bytes; what cannot be sent stays with rank 0."""
+    work = {}
+    for segment, call in zip(seen.segments, seen.timeline.calls, strict=True):
+        if segment.digest not in known:
+            work[segment.digest] = (estimate_seconds(call.flops, call.bytes_moved), segment)
+    loads, own = [0.0] * workers, list[Segment]()
+    shares: list[list[bytes]] = [[] for _ in range(workers)]
+    for seconds, segment in sorted(work.values(), key=lambda item: -item[0]):
+        least = min(range(workers), key=lambda rank: loads[rank])
+        data = _packed(segment) if least else None
+        if data is None:
+            own.append(segment)
+        else:
+            shares[least].append(data)
+        loads[least if data else 0] += seconds
+    return own, shares if work else []
+
+
+def _packed(segment: Segment) -> bytes | None:
+    """A segment as bytes; ``None`` if a function or an argument in it cannot be sent."""
+    try:
+        return pickle.dumps(segment)
+    except Exception:
+        return None
+
+
+def _time_all(
+    segments: Sequence[Segment], root: nn.Module, device: torch.device, train: bool, context: Context, show: bool
+) -> dict[str, CallCost]:
+    """Time segments; one that fails by itself is left out."""
+    found: dict[str, Any] = {}
+    with generators_kept(device):
+        for segment in track(segments, "timing layers", console=Console(stderr=True), transient=True, disable=not show):
+            with suppress(Exception):
+                found[segment.digest] = time_segment(segment, root, device, train, context=context)
+    return found
