@@ -1,18 +1,39 @@
 """Checks what the user wrote in the strategy's constructor: every message quotes it and says what to change."""
 
 import difflib
+import re
 from typing import Any
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.schedule import SCHEDULES
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "parse_bytes"]
+
+_UNITS = {"": 1, "b": 1, **{f"{k}b": 1000**i for i, k in enumerate("kmgt", 1)}}
+_UNITS |= {f"{k}ib": 1024**i for i, k in enumerate("kmgt", 1)}
+
+
+def parse_bytes(value: Any) -> float | None:
+    """Bytes from a number, or from text such as ``"12 GiB"``.
+
+    Raises:
+        ConfigurationError: if it is neither.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(value).lower())
+    if isinstance(value, bool) or match is None or match[2] not in _UNITS or not float(match[1]):
+        raise ConfigurationError(
+            f"device_memory={value!r}: pass a number of bytes, or text such as '12 GiB' or '800 MB'."
+        )
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def check_options(
     num_microbatches: Any,
     schedule: Any,
     partition: Any,
+    costs: Any,
     virtual_stages: Any,
     data_parallel_size: Any,
     process_group_backend: Any,
@@ -31,11 +52,16 @@ def check_options(
             f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
             'integer, such as four for each device, or "auto".'
         )
-    if schedule not in list(SCHEDULES):
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
+    known = ["auto", *SCHEDULES]
+    if schedule not in known:
+        near = difflib.get_close_matches(str(schedule), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"schedule={schedule!r} is not known. Known are: {_listed(SCHEDULES)}.{hint}")
+        raise ConfigurationError(f"schedule={schedule!r} is not known. Known are: {_listed(known)}.{hint}")
     names = isinstance(partition, list | tuple) and all(isinstance(name, str) for name in partition)
+    if costs not in ("measured", "estimated"):
+        raise ConfigurationError(
+            f"costs={costs!r} is not known. Known are: 'measured' (each layer timed once), 'estimated' (FLOPs)."
+        )
     if partition != "auto" and not names:
         example = partition if isinstance(partition, str) and "." in partition else "model.layers.6"
         raise ConfigurationError(

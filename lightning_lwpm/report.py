@@ -4,21 +4,26 @@ import warnings
 
 from rich.console import Console
 
-from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.partition.units import human_seconds
+from lightning_lwpm.tuning.choose import Choice
 
 __all__ = ["show_plan"]
 
 
-def show_plan(plan: PartitionPlan, rank: int) -> None:
+def show_plan(choice: Choice, rank: int) -> None:
     """Print the plan as a table on rank 0; warn where devices stay without a stage.
 
     Args:
-        plan: The partition.
+        choice: The plan, and what else was considered.
         rank: This process's rank.
     """
     if rank != 0:
         return
+    plan = choice.plan
     Console().print(plan.table())
+    if len(choice.considered) > 1:
+        times = ", ".join(f"{count}: {human_seconds(seconds)}" for count, seconds in choice.considered.items())
+        Console().print(f"expected time of a batch by number of micro-batches: {times}", style="dim")
     stages = len(plan.stages)
     if stages < plan.num_ranks:
         warnings.warn(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.checkpoint import held_states, merge_checkpoint
-from lightning_lwpm.options import check_options
+from lightning_lwpm.options import check_options, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.training.checks import check_module, check_optimizers
@@ -28,6 +28,9 @@ from lightning_lwpm.training.private import PathLike, optimizers_to_device
 from lightning_lwpm.training.processes import ProcessesStrategy
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import copies, gather, hand_out
+from lightning_lwpm.tuning.choose import Wish
+from lightning_lwpm.tuning.devices import free_bytes
+from lightning_lwpm.tuning.optimizer_state import state_factor
 
 __all__ = ["LWPMStrategy"]
 
@@ -45,9 +48,15 @@ class LWPMStrategy(ProcessesStrategy):
 
     Args:
         num_microbatches: Into how many micro-batches a training batch is split. More of them idle less, but each is
-            smaller. ``"auto"``: four for each stage.
-        schedule: The order of forward and backward passes: ``"1f1b"`` or ``"gpipe"``.
-        partition: ``"auto"``, or the dotted names of the layers that begin the second, third, ... stage.
+            smaller. ``"auto"``: the number that makes the shortest step, by simulation.
+        schedule: The order of forward and backward passes: ``"1f1b"``, ``"gpipe"``, or ``"auto"`` for the faster one,
+            by simulation; 1F1B, which holds fewer activations, where they are alike.
+        partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, or the path of a
+            plan (``"plan.yaml"``).
+        costs: ``"measured"``: each distinct layer is timed at the first start, and never again on the same machine.
+            ``"estimated"``: from FLOPs, without running anything twice.
+        device_memory: What each device may hold, in bytes or as in ``"12 GiB"``; by default all that an accelerator
+            has free, and no limit on a CPU.
         virtual_stages: Stages for each device; only 1 for now.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: ``"gloo"``, also for accelerators (through host memory).
@@ -62,8 +71,10 @@ class LWPMStrategy(ProcessesStrategy):
     def __init__(
         self,
         num_microbatches: int | Literal["auto"] = "auto",
-        schedule: str = "1f1b",
+        schedule: str = "auto",
         partition: str | list[str] = "auto",
+        costs: Literal["measured", "estimated"] = "measured",
+        device_memory: float | str | None = None,
         virtual_stages: int = 1,
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
@@ -81,15 +92,18 @@ class LWPMStrategy(ProcessesStrategy):
             num_microbatches=num_microbatches,
             schedule=schedule,
             partition=partition,
+            costs=costs,
             virtual_stages=virtual_stages,
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
             start_method=start_method,
             patience=patience,
         )
+        self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule = num_microbatches, schedule
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
-        self._planner = Planner(partition)
+        self.partition, self.costs = partition, costs
+        self._planner: Planner | None = None
         self._feed: Feed | None = None
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
@@ -123,8 +137,9 @@ class LWPMStrategy(ProcessesStrategy):
             if fitting:
                 self.setup_optimizers(trainer)
                 check_optimizers(self.optimizers)
-            count = self._count(self.world_size)
-            layout = self._planner.layout(trainer, module, self._feed, self.mailbox, self.next_turn(), count)
+            self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
+            layout = self._planner.layout(trainer, module, self._feed, self._wish())
+            count, schedule = self._settled()
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
                 hand_out(self.mailbox, self.next_turn(), module, layout, self.optimizers)
@@ -134,28 +149,36 @@ class LWPMStrategy(ProcessesStrategy):
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
-            self._engine = Engine(self.mailbox, self.transport, module, layout, self.root_device, self.schedule)
+            self._engine = Engine(self.mailbox, self.transport, module, layout, self.root_device, schedule)
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
                 self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
-            count = self._count(layout.num_stages)
             self._steps = Steps(trainer, module, self._engine, self._feed, self._hooks, self.precision_plugin, count)
 
     @property
     def plan(self) -> PartitionPlan | None:
         """Which stage runs which layers; ``None`` before the first run."""
-        return self._planner.plan
+        return self._planner.plan if self._planner is not None else None
 
     @override
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 
-    def _count(self, stages: int) -> int:
-        if self.num_microbatches == "auto":
-            return 4 * stages if stages > 1 else 1
-        return self.num_microbatches
+    def _wish(self) -> Wish:
+        """What the user asked for, and what the devices hold."""
+        limit = self._device_memory or free_bytes(self.root_device)
+        limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
+        return Wish(self.partition, self.num_microbatches, self.schedule, tuple(limits), state_factor(self.optimizers))
+
+    def _settled(self) -> tuple[int, str]:
+        """The number of micro-batches and the schedule, as far as they matter."""
+        plan = self.plan
+        if self.world_size > 1 and plan is not None and plan.prediction is not None:
+            return plan.prediction.num_microbatches, plan.prediction.schedule
+        count = 1 if self.num_microbatches == "auto" else self.num_microbatches
+        return count, "1f1b" if self.schedule == "auto" else self.schedule
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -219,11 +219,7 @@ def make_plan(
         # Activations cross in the forward pass and gradients of the same size in the backward pass. Over gloo both
         # ends are busy with it meanwhile.
         boundary = [2 * nbytes / costs.link.bytes_per_second for nbytes in timeline.boundary_bytes]
-        more = (
-            {}
-            if memory is None and microbatches is None
-            else {"microbatches": microbatches, "feasible": memory.feasible if memory else None}
-        )
+        more: dict[str, Any] = {} if memory is None else {"microbatches": microbatches, "feasible": memory.feasible}
         cuts = merge(costs.work, boundary, timeline.allowed, num_ranks, **more)
     else:
         cuts = find_cuts(timeline, num_ranks, list(partition))

@@ -1,99 +1,136 @@
-"""The first batch, the probe and the plan: all that happens before the model is partitioned."""
+"""What happens before the model is partitioned: looks at the step, costs, the choice of a plan, and the layout."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
-from torchmetrics import Metric, MetricCollection
 
 from lightning_lwpm.partition.apply import make_layout
-from lightning_lwpm.partition.plan import PartitionPlan, make_plan
-from lightning_lwpm.partition.probe import Probe, probe
-from lightning_lwpm.partition.undo import generators_kept
+from lightning_lwpm.partition.costs import Costs, estimate
+from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.partition.probe import Probe
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.schedule import place
+from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.report import show_plan
-from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.data import Feed
-from lightning_lwpm.training.private import first_loaders
+from lightning_lwpm.training.looking import STEPS, Onlooker
+from lightning_lwpm.tuning.cache import CostCache, environment
+from lightning_lwpm.tuning.choose import Wish, candidates, choose
+from lightning_lwpm.tuning.link import measure_link
+from lightning_lwpm.tuning.profile import profile
+from lightning_lwpm.tuning.sized import Look
 
 __all__ = ["Planner"]
-
-_STEPS = {
-    TrainerFn.FITTING: "training_step",
-    TrainerFn.VALIDATING: "validation_step",
-    TrainerFn.TESTING: "test_step",
-    TrainerFn.PREDICTING: "predict_step",
-}
-_HOST = torch.device("cpu")
 
 
 class Planner:
     """Makes the layout of each run; what is known of a module is kept for its next run.
 
     Args:
-        partition: "auto", or the names of the layers that begin a stage.
+        mailbox: The control connections.
+        transport: The data connections; ``None`` with one process.
+        device: This rank's device.
+        costs: "measured" or "estimated".
 
     Attributes:
         plan: The latest plan.
     """
 
-    def __init__(self, partition: str | list[str]) -> None:
-        self.partition = partition
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        transport: Transport | None,
+        device: torch.device,
+        costs: Literal["measured", "estimated"] = "measured",
+    ) -> None:
+        self.mailbox, self.transport, self.device, self.costs = mailbox, transport, device, costs
         self.plan: PartitionPlan | None = None
         self._known: _Known | None = None
+        self._turn = 0
 
-    def layout(
-        self, trainer: Trainer, module: LightningModule, feed: Feed, mailbox: Mailbox, key: Any, count: int
-    ) -> Layout:
-        """Look at the step on rank 0 and make the same layout on every rank.
+    def layout(self, trainer: Trainer, module: LightningModule, feed: Feed, wish: Wish) -> Layout:
+        """Look at the step on rank 0, and make the same layout on every rank.
 
         Args:
             trainer: Runs the step.
             module: The whole module.
             feed: Reads the first batch.
-            mailbox: The control connections.
-            key: Names this exchange; the same on all ranks.
-            count: Number of micro-batches.
+            wish: What the user asked for.
         """
-        if mailbox.world == 1:
+        if self.mailbox.world == 1:
             return _whole(module)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        name = _STEPS[trainer.state.fn]  # type: ignore[index]
-        loaders = _setup_loaders(trainer)
-
-        def ask(name: str, loaders: Any) -> Probe | None:
-            seen = _look(trainer, module, feed, loaders, name, count) if mailbox.rank == 0 else None
-            return mailbox.broadcast((key, name), seen, what=f"the description of `{name}`")
-
+        first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], self.mailbox.rank == 0)  # type: ignore[index]
         known = self._recall(module, fitting)
         if known is None:
-            seen = ask(name, loaders)
-            if seen is None:  # there is no batch, so nothing will run
+            known = self._learn(first, wish)
+            if known is None:  # there is no batch, so nothing will run
                 return _whole(module)
-            known = self._known = _Known(weakref.ref(module), _form(module), {name}, seen)
+            self._known = known
         if _unseen(module, known.seen):
-            with _validating(trainer) if fitting else nullcontext():
-                if fitting:
-                    name, loaders = "validation_step", _setup_validation(trainer)
-                if name not in known.steps:
-                    known.steps.add(name)
-                    other = ask(name, loaders)
-                    known.seen = _extended(module, known.seen, other) if other is not None else known.seen
-        plan = make_plan(known.seen.timeline, mailbox.world, self.partition, place)
-        if fitting and plan != self.plan:
-            show_plan(plan, mailbox.rank)
-        self.plan = plan
-        return make_layout(module, known.seen, plan)
+            other = Onlooker(trainer, module, feed, "validation_step", first.reads) if fitting else first
+            if other.name not in known.steps:
+                known.steps.add(other.name)
+                seen = self._ask(other, 1)
+                known.seen = _extended(module, known.seen, seen) if seen is not None else known.seen
+        choice = None
+        if self.mailbox.rank == 0:
+            choice = choose(known.looks, known.seen, self.mailbox.world, known.samples, wish, fitting)
+        choice = self._shared("choice", choice, "the plan")
+        if fitting and choice.plan != self.plan:
+            show_plan(choice, self.mailbox.rank)
+        self.plan = choice.plan
+        return make_layout(module, known.seen, choice.plan)
+
+    def _learn(self, first: Onlooker, wish: Wish) -> "_Known | None":
+        """Look at the step, at two sizes of micro-batch where their number is left open; learn what it costs."""
+        samples = self._shared("samples", first.samples if first.reads else None, "the size of a batch")
+        counts = candidates(wish.num_microbatches, self.mailbox.world, samples) if first.train else [1]
+        seen: Probe | None = None
+        looks = []
+        for count in dict.fromkeys([counts[len(counts) // 2], counts[-1]]):
+            probe = self._ask(first, count)
+            if probe is None:
+                return None
+            looks.append(Look((samples or 1) / count, probe.timeline, self._costs_of(first, probe)))
+            seen = seen or replace(probe, segments=())
+        assert seen is not None
+        return _Known(weakref.ref(first.module), _form(first.module), {first.name}, seen, looks, samples)
+
+    def _ask(self, onlooker: Onlooker, count: int) -> Probe | None:
+        """Rank 0 looks; the others hear what it saw, but for the segments."""
+        seen = onlooker.look(count) if onlooker.reads else None
+        told = replace(seen, segments=()) if seen is not None else None
+        told = self._shared(onlooker.name, told, f"the description of `{onlooker.name}`")
+        return seen if onlooker.reads else told
+
+    def _costs_of(self, onlooker: Onlooker, seen: Probe) -> Costs:
+        if self.costs == "estimated":
+            return estimate(seen.timeline)
+        self._turn += 1
+        link = measure_link(self.mailbox, self.transport, ("plan", self._turn))
+        cache = CostCache(environment(self.device, type(onlooker.trainer.precision_plugin).__name__))
+        return profile(
+            self.mailbox,
+            ("plan", self._turn),
+            seen if onlooker.reads else None,
+            onlooker.module,
+            self.device,
+            onlooker.train,
+            onlooker.context,
+            cache,
+            link,
+        )
+
+    def _shared(self, name: str, value: Any, what: str) -> Any:
+        self._turn += 1
+        return self.mailbox.broadcast(("plan", name, self._turn), value, what=what)
 
     def _recall(self, module: nn.Module, fitting: bool) -> "_Known | None":
         """What is known of this very module; a step of training shows more than one of evaluation."""
@@ -112,12 +149,16 @@ class _Known:
         form: What it was made of.
         steps: The steps that were looked at.
         seen: What they showed.
+        looks: The first of them at one or two sizes of micro-batch, with its costs.
+        samples: Samples of a batch.
     """
 
     module: weakref.ref[nn.Module]
     form: Any
     steps: set[str]
     seen: Probe
+    looks: Sequence[Look]
+    samples: int | None
 
 
 def _form(module: nn.Module) -> Any:
@@ -146,90 +187,3 @@ def _extended(module: nn.Module, seen: Probe, other: Probe) -> Probe:
 def _whole(module: nn.Module) -> Layout:
     """Everything in one stage."""
     return Layout(1, (), dict.fromkeys([name for name, _ in module.named_parameters()], (0,)))
-
-
-def _setup_loaders(trainer: Trainer) -> Any:
-    """Let Lightning set up the loaders of this run now (its loops find them done); return those of the first batch."""
-    fn = trainer.state.fn
-    if fn == TrainerFn.FITTING:
-        trainer.fit_loop.setup_data()
-        return trainer.train_dataloader
-    loop: Any = {
-        TrainerFn.VALIDATING: trainer.validate_loop,
-        TrainerFn.TESTING: trainer.test_loop,
-        TrainerFn.PREDICTING: trainer.predict_loop,
-    }[fn]  # type: ignore[index]
-    loop.setup_data()
-    return first_loaders(loop)
-
-
-def _setup_validation(trainer: Trainer) -> Any:
-    """The same for the validation within ``fit``."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.setup_data()
-    return first_loaders(loop)
-
-
-@contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.training = True
-
-
-def _look(trainer: Trainer, module: LightningModule, feed: Feed, loaders: Any, name: str, count: int) -> Probe | None:
-    """Run a step once on its first micro-batch, on the whole model in host memory.
-
-    Args:
-        trainer: Runs the step.
-        module: The whole model.
-        feed: Reads the first batch.
-        loaders: The loaders of the step; ``None`` if there are none.
-        name: The step.
-        count: Number of micro-batches in training.
-
-    Returns:
-        What was seen; ``None`` if there is no batch.
-    """
-    train = name == "training_step"
-    with generators_kept():
-        try:
-            batch = _first(feed, loaders) if loaders is not None else None
-        except StopIteration:
-            batch = None
-        if batch is None:
-            return None
-        batch = feed.loop.transfer(batch, device=_HOST)
-    micro = Batch.of(batch, count if train else 1).microbatch(0)
-    step = getattr(module, name)
-    kwargs: dict[str, Any] = {}
-    if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-        kwargs["batch_idx"] = 0
-    if is_param_in_hook_signature(step, "dataloader_idx", min_args=3) and not train:
-        kwargs["dataloader_idx"] = 0
-    modes = [(m, m.training) for m in module.modules()]
-    if not train:
-        module.eval()
-    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
-    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    precision = trainer.precision_plugin
-    context = precision.train_step_context if train else precision.val_step_context
-    try:
-        with torch.set_grad_enabled(train), context():
-            metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-            return probe(module, lambda: step(micro, *kwargs.values()), metrics)
-    finally:
-        del module.__dict__["log"], module.__dict__["log_dict"]
-        trainer.loggers = loggers
-        for m, mode in modes:
-            m.training = mode
-
-
-def _first(feed: Feed, loaders: Any) -> Any:
-    if isinstance(loaders, dict):
-        return {key: _first(feed, loader) for key, loader in loaders.items()}
-    if isinstance(loaders, list | tuple):
-        return type(loaders)([_first(feed, loader) for loader in loaders])
-    return feed.read(loaders)

@@ -1,0 +1,135 @@
+"""Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torchmetrics import Metric, MetricCollection
+
+from lightning_lwpm.partition.probe import Probe, probe
+from lightning_lwpm.partition.undo import generators_kept
+from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.training.data import Feed
+from lightning_lwpm.training.private import first_loaders
+
+__all__ = ["STEPS", "Onlooker"]
+
+STEPS = {
+    TrainerFn.FITTING: "training_step",
+    TrainerFn.VALIDATING: "validation_step",
+    TrainerFn.TESTING: "test_step",
+    TrainerFn.PREDICTING: "predict_step",
+}
+_HOST = torch.device("cpu")
+
+
+class Onlooker:
+    """Looks at one step of a module.
+
+    Args:
+        trainer: Runs the step.
+        module: The whole model, in host memory.
+        feed: Reads the first batch.
+        name: The step.
+        reads: Whether this rank looks; the others only set up their loaders.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, feed: Feed, name: str, reads: bool) -> None:
+        self.trainer, self.module, self.feed, self.name = trainer, module, feed, name
+        self.reads, self.train = reads, name == "training_step"
+        self.inside_fit = trainer.state.fn == TrainerFn.FITTING and not self.train
+        with self._stage():
+            loaders = self._loaders()
+            self.batch = self._first_batch(loaders) if reads and loaders is not None else None
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the first batch, if it has any tensor."""
+        return Batch.of(self.batch, 1).samples
+
+    def look(self, count: int) -> Probe | None:
+        """Run the step on its first micro-batch.
+
+        Args:
+            count: Number of micro-batches in training.
+
+        Returns:
+            What was seen; ``None`` if there is no batch.
+        """
+        if self.batch is None:
+            return None
+        module, trainer, train = self.module, self.trainer, self.train
+        micro = Batch.of(self.batch, count if train else 1).microbatch(0)
+        step = getattr(module, self.name)
+        kwargs: dict[str, Any] = {}
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            kwargs["batch_idx"] = 0
+        if is_param_in_hook_signature(step, "dataloader_idx", min_args=3) and not train:
+            kwargs["dataloader_idx"] = 0
+        modes = [(m, m.training) for m in module.modules()]
+        if not train:
+            module.eval()
+        module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
+        loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+        try:
+            with self._stage(), torch.set_grad_enabled(train), self.context():
+                metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+                return probe(module, lambda: step(micro, *kwargs.values()), metrics)
+        finally:
+            del module.__dict__["log"], module.__dict__["log_dict"]
+            trainer.loggers = loggers
+            for m, mode in modes:
+                m.training = mode
+
+    def context(self) -> Any:
+        """Lightning's precision context for the step."""
+        precision = self.trainer.precision_plugin
+        return precision.train_step_context() if self.train else precision.val_step_context()
+
+    def _loaders(self) -> Any:
+        """Let Lightning set up the loaders of this step now (its loops find them done); those of the first batch."""
+        trainer = self.trainer
+        if self.train:
+            trainer.fit_loop.setup_data()
+            return trainer.train_dataloader
+        loop: Any = {
+            TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
+            TrainerFn.VALIDATING: trainer.validate_loop,
+            TrainerFn.TESTING: trainer.test_loop,
+            TrainerFn.PREDICTING: trainer.predict_loop,
+        }[trainer.state.fn]  # type: ignore[index]
+        loop.setup_data()
+        return first_loaders(loop)
+
+    def _first_batch(self, loaders: Any) -> Any:
+        with generators_kept():
+            try:
+                batch = _first(self.feed, loaders)
+            except StopIteration:
+                return None
+            return None if batch is None else self.feed.loop.transfer(batch, device=_HOST)
+
+    def _stage(self) -> Any:
+        return _validating(self.trainer) if self.inside_fit else nullcontext()
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.training = True
+
+
+def _first(feed: Feed, loaders: Any) -> Any:
+    if isinstance(loaders, dict):
+        return {key: _first(feed, loader) for key, loader in loaders.items()}
+    if isinstance(loaders, list | tuple):
+        return type(loaders)([_first(feed, loader) for loader in loaders])
+    return feed.read(loaders)

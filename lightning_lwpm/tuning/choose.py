@@ -1,0 +1,158 @@
+"""Chooses partition, number of micro-batches and schedule: each candidate is planned, run in thought, and compared."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.partition.describe import Probe
+from lightning_lwpm.partition.plan import PartitionPlan, make_plan
+from lightning_lwpm.pipeline.schedule import SCHEDULES, place
+from lightning_lwpm.tuning.predict import in_flight, predict
+from lightning_lwpm.tuning.sized import Look, at
+
+__all__ = ["Choice", "Wish", "choose"]
+
+_AS_GOOD = 1.03
+"""Fewer micro-batches are preferred where they cost no more than this times the best."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for, and what there is.
+
+    Args:
+        partition: "auto", or the layers that begin stages.
+        num_microbatches: A number, or "auto".
+        schedule: A name, or "auto".
+        limits: Bytes of each rank's device; infinite where there is no limit.
+        state_factor: Bytes of optimizer state for each byte of trained parameters.
+    """
+
+    partition: str | Sequence[str] = "auto"
+    num_microbatches: int | Literal["auto"] = "auto"
+    schedule: str = "auto"
+    limits: tuple[float, ...] = ()
+    state_factor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, and the best plan of each other number of micro-batches that was considered.
+
+    Args:
+        plan: The best one.
+        considered: Number of micro-batches -> predicted seconds of a step.
+    """
+
+    plan: PartitionPlan
+    considered: Mapping[int, float] = field(default_factory=dict)
+
+
+def choose(
+    looks: Sequence[Look], seen: Probe, num_ranks: int, samples: int | None, wish: Wish, train: bool = True
+) -> Choice:
+    """Choose what is left open by the user.
+
+    Args:
+        looks: The step at one or two sizes of micro-batch.
+        seen: One of them, for where parameters are used.
+        num_ranks: Number of ranks.
+        samples: Samples of a batch; ``None`` if batches have none to split.
+        wish: What the user asked for.
+        train: Whether there is a backward pass.
+
+    Raises:
+        ConfigurationError: if nothing that the user allows fits the devices, or the partition cannot be made.
+    """
+    stages = min(num_ranks, 1 + sum(looks[0].timeline.allowed[1:]))
+    if not train:
+        return Choice(_planned(looks, seen, num_ranks, samples, wish, 1, ""))
+    plans: dict[int, PartitionPlan] = {}
+    refusal: ConfigurationError | None = None
+    for count in candidates(wish.num_microbatches, stages, samples):
+        for schedule in list(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]:
+            try:
+                plan = _planned(looks, seen, num_ranks, samples, wish, count, schedule)
+            except ConfigurationError as error:
+                refusal = refusal or error
+                continue
+            if count not in plans or _seconds(plan) < _seconds(plans[count]) / _tie(schedule):
+                plans[count] = plan
+    if not plans:
+        assert refusal is not None
+        raise refusal
+    best = min(map(_seconds, plans.values()))
+    count = next(count for count, plan in plans.items() if _seconds(plan) <= best * _AS_GOOD)
+    return Choice(plans[count], {count: _seconds(plan) for count, plan in plans.items()})
+
+
+def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) -> list[int]:
+    """The numbers of micro-batches to consider, ascending: with "auto" one to sixteen for each stage."""
+    if wanted != "auto":
+        return [min(wanted, samples) if samples else wanted]
+    if stages == 1 or samples is None:
+        return [1]
+    return sorted({min(stages * turns, samples) for turns in (1, 2, 4, 8, 16)})
+
+
+def _planned(
+    looks: Sequence[Look],
+    seen: Probe,
+    num_ranks: int,
+    samples: int | None,
+    wish: Wish,
+    count: int,
+    schedule: str,
+) -> PartitionPlan:
+    look = at(looks, (samples or 1) / count)
+    stages = min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
+    try:
+        memory = memory_of(look, seen, stages, count, schedule, wish)
+    except ImportError:
+        memory = None
+    plan = make_plan(look.timeline, num_ranks, wish.partition, place, look.costs, count if schedule else None, memory)
+    if not schedule:
+        return plan
+    told = predict(plan, look.costs.link, schedule, count, look.costs.measured)
+    return replace(plan, prediction=told)
+
+
+def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Any:
+    """What stages need on their devices.
+
+    Args:
+        look: The step at the size of its micro-batches.
+        seen: Where parameters and buffers are used, and their sizes.
+        stages: Number of stages.
+        count: Number of micro-batches.
+        schedule: Says how many of them a stage holds at once; "" for evaluation.
+        wish: Says what devices hold, and optimizers.
+    """
+    from lightning_lwpm.partition.memory import Memory
+
+    calls = look.timeline.calls
+    weights = []
+    for name, where in [*seen.parameters.items(), *seen.buffers.items()]:
+        values, gradient = seen.sizes[name]
+        weights.append((where, values + gradient * (1 + wish.state_factor)))
+    return Memory(
+        parameters=weights,
+        kept=[call.kept_bytes if schedule else 0 for call in calls],
+        boundary=look.timeline.boundary_bytes,
+        # at work on a call: what it takes, what it gives, and in the backward pass a new gradient of its weights
+        transient=[2 * call.passing_bytes + (call.parameter_bytes if schedule else 0) for call in calls],
+        in_flight=lambda stage, stages: in_flight(schedule, stages, count)[stage] if schedule else 1,
+        limits=[wish.limits[rank] for rank in place(stages)] if wish.limits else [math.inf] * stages,
+    )
+
+
+def _seconds(plan: PartitionPlan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_seconds
+
+
+def _tie(schedule: str) -> float:
+    """1F1B holds the fewest activations, so that another schedule has to be faster by more than a hundredth."""
+    return 0.99 if schedule == "1f1b" else 1.01
