@@ -17,8 +17,8 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from queue import SimpleQueue
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = ["Mailbox"]
 _GRACE_SECONDS = 8.0  # for a rank to notice a failure by itself before its process is ended
 _POLL_SECONDS = 0.25
 _ECHO_SECONDS = 3.0  # for the word of why a connection broke to arrive after the break itself
+_LAST_WORDS_SECONDS = 1.0  # at the end, for the others to read what was sent, and to close too
 _MEETING_SECONDS = 60.0  # for all ranks to connect, once all have said that they are there
 
 
@@ -50,6 +51,9 @@ class Mailbox:
     Attributes:
         failure: What every rank raises since one of them failed.
         resting: Whether no run is under way: then the end of another rank is no reason to end this process.
+        waited: Seconds that the owner, the thread that made this mailbox, has spent waiting in it so far.
+        waits: If it is a list, every such wait is added to it: what was waited for, its begin and its end
+            (``time.perf_counter()``, seconds).
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class Mailbox:
         self.names = [f"rank {r}" for r in range(world)]
         self.failure: str | None = None
         self.resting = False
+        self.waited = 0.0
+        self.waits: list[tuple[str, float, float]] | None = None
         self._raised: type[LWPMError] = PipelineError
         self._noticed = threading.Event()
         self._telling = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._owner = threading.get_ident()  # the thread that must notice a failure
         self._condition = threading.Condition()
         self._letters: dict[tuple[str, Any], deque[Any]] = defaultdict(deque)
@@ -105,7 +112,7 @@ class Mailbox:
         letters = self._letters
         with self._condition:
             if not letters.get((kind, key)):
-                with self.explained(what):
+                with self._waiting(what):
                     while not letters.get((kind, key)):
                         self.check()
                         if self._has_left(source):
@@ -129,7 +136,7 @@ class Mailbox:
         """Wait for an event that another thread sets, breaking off at a failure; see :meth:`take`."""
         if event.is_set():
             return
-        with self.explained(what):
+        with self._waiting(what):
             while not event.wait(_POLL_SECONDS):
                 self.check()
                 if self._has_left(source) and not event.wait(_POLL_SECONDS):
@@ -234,16 +241,43 @@ class Mailbox:
         self.label = self.names[self.rank]
 
     def close(self) -> None:
-        """Say farewell; messages of others are still read until they have done so too."""
+        """Say farewell, and end all threads: see [Note: the end of the interpreter] in ``transport``."""
         with self._telling:  # a failure that another thread is about to tell goes before the farewell
             if self._closing:
                 return
             self._closing = True
         self._requests.put(None)
+        self._shut(socket.SHUT_WR, packed(("farewell", None, None)))
+        # reading on meanwhile: what arrives at a closed connection resets it, and what it still carried is lost
+        self._join(_LAST_WORDS_SECONDS)
+        self._shut(socket.SHUT_RD)
+        self._join(_ECHO_SECONDS)
+
+    def _shut(self, how: int, last: bytes = b"") -> None:
         for target, connection in self._peers.items():
             with suppress(OSError, ValueError), self._locks[target]:
-                connection.send_bytes(packed(("farewell", None, None)))
-                shut(connection)
+                if last:
+                    connection.send_bytes(last)
+                shut(connection, how)
+
+    def _join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Count the wait, if it is one of the owner, and say so if it lasts."""
+        begin = time.perf_counter()
+        try:
+            with self.explained(what):
+                yield
+        finally:
+            if threading.get_ident() == self._owner:
+                end = time.perf_counter()
+                self.waited += end - begin
+                if self.waits is not None:
+                    self.waits.append((what, begin, end))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -274,8 +308,10 @@ class Mailbox:
             keep_alive(connection)
             self._locks[target] = threading.Lock()
             name = f"lwpm-mailbox-{target}"
-            threading.Thread(target=self._read, args=(target, connection), name=name, daemon=True).start()
-        threading.Thread(target=self._serve, name="lwpm-mailbox-answers", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._read, args=(target, connection), name=name, daemon=True))
+        self._threads.append(threading.Thread(target=self._serve, name="lwpm-mailbox-answers", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def _send(self, target: int, data: bytes) -> None:
         if target in self._farewells or self._closing:
@@ -288,7 +324,7 @@ class Mailbox:
             deadline = time.monotonic() + _ECHO_SECONDS
             while target not in self._gone and time.monotonic() < deadline:
                 time.sleep(0.01)
-            if target not in self._farewells:
+            if target not in self._farewells and not self._closing:
                 self._lost(target)
             self.check()
 
@@ -309,13 +345,15 @@ class Mailbox:
                     self._condition.notify_all()
                 continue
             self._deliver(source, kind, key, payload)
+            del data, payload
         if source not in self._farewells and not self._closing:
             self._lost(source)
         with self._condition:
             self._gone.add(source)
             self._condition.notify_all()
         if self._closing:
-            connection.close()
+            with self._locks[source]:
+                connection.close()
 
     def _deliver(self, source: int, kind: str, key: Any, payload: Any) -> None:
         if kind == "failure":
@@ -337,6 +375,7 @@ class Mailbox:
                 self._handlers[kind](source, key, payload)
             except Exception as error:
                 self.failed(f"answering '{kind}' of {self.names[source]}", error)
+            del request, key, payload  # a thread that waits holds on to no tensor
 
     def _has_left(self, source: int | None) -> bool:
         """Whether nothing can come from a rank, or with ``None`` from any other, because it has ended its program."""

@@ -7,10 +7,15 @@ from multiprocessing.connection import Connection
 __all__ = ["keep_alive", "own_address", "shut"]
 
 
-def shut(connection: Connection) -> None:
-    """Nothing more will be sent; what the other side still sends can be read."""
+def shut(connection: Connection, how: int) -> None:
+    """Shut one direction of a connection, for all processes that hold it.
+
+    Args:
+        connection: The connection.
+        how: ``socket.SHUT_WR``: what has been sent still arrives. ``socket.SHUT_RD``: who reads here hears its end.
+    """
     with socket.socket(fileno=os.dup(connection.fileno())) as view:
-        view.shutdown(socket.SHUT_WR)
+        view.shutdown(how)
 
 
 def keep_alive(connection: Connection) -> None:

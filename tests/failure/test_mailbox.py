@@ -85,6 +85,41 @@ def test_an_error_of_configuration_is_one_on_every_rank(pool: Any) -> None:
     assert pool.run(3, _configuration) == [("ConfigurationError", "rank 1 failed in setup: leave it at 1")] * 3
 
 
+def _last_words(rank: int, world: int) -> Any:
+    """Rank 0 sends more than its socket holds and closes, while rank 1 sends without pause what nobody takes."""
+    mailbox, _ = connect(rank, world)
+    mailbox.gather("all here", None)
+    got = 0
+    if rank == 0:
+        mailbox.post(1, "word", None, bytes(1 << 25))
+    else:
+        for _ in range(300):
+            mailbox.post(0, "chatter", None, bytes(1 << 16))
+        got = len(mailbox.take("word", None, "the last words of rank 0", source=0))
+    begin = time.monotonic()
+    mailbox.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("lwpm-mailbox")]
+    return got, left, mailbox.failure, time.monotonic() - begin < 3
+
+
+def test_what_was_sent_before_the_end_arrives(pool: Any) -> None:
+    assert pool.run(2, _last_words) == [(0, [], None, True), (1 << 25, [], None, True)]
+
+
+def _long_alone(rank: int, world: int) -> Any:
+    mailbox, _ = connect(rank, world)
+    mailbox.gather("all here", None)
+    time.sleep(4 * rank)
+    begin = time.monotonic()
+    mailbox.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("lwpm-mailbox")]
+    return left, mailbox.failure, time.monotonic() - begin < 2
+
+
+def test_closing_ends_all_threads_while_another_goes_on(pool: Any) -> None:
+    assert pool.run(2, _long_alone) == [([], None, True)] * 2
+
+
 class _Unreadable:
     def __reduce__(self) -> Any:
         return _refuse, ()
@@ -177,3 +212,26 @@ def test_alone() -> None:
         mailbox.check()
     mailbox.close()
     assert threading.active_count() < 20
+
+
+def test_waits_of_the_owner_are_counted() -> None:
+    mailbox = Mailbox(0, 1, lambda value: [value])
+    mailbox.post(0, "word", 1)
+    mailbox.take("word", 1, "what is there already")
+    assert mailbox.waited == 0 and mailbox.waits is None
+    mailbox.waits = []
+    done = threading.Event()
+    begin = time.perf_counter()
+    other = threading.Thread(target=mailbox.take, args=("word", 3, "a wait of another thread"))
+    other.start()
+    threading.Timer(0.2, mailbox.post, (0, "word", 2)).start()
+    mailbox.take("word", 2, "a word")
+    threading.Timer(0.1, done.set).start()
+    mailbox.wait(done, "an event")
+    mailbox.post(0, "word", 3)
+    other.join()
+    (first, *word), (second, *event) = mailbox.waits
+    assert (first, second) == ("a word", "an event")
+    assert begin <= word[0] < word[1] <= event[0] < event[1] <= time.perf_counter()
+    assert mailbox.waited == sum(end - start for start, end in (word, event))
+    assert 0.25 < mailbox.waited < 2
