@@ -34,6 +34,7 @@ def check_options(
     schedule: Any,
     partition: Any,
     costs: Any,
+    repartition_every_n_epochs: Any,
     virtual_stages: Any,
     data_parallel_size: Any,
     process_group_backend: Any,
@@ -62,6 +63,9 @@ def check_options(
         raise ConfigurationError(
             f"costs={costs!r} is not known. Known are: 'measured' (each layer timed once), 'estimated' (FLOPs)."
         )
+    every = repartition_every_n_epochs
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+        raise ConfigurationError(f"repartition_every_n_epochs={every!r}: pass a number of epochs, or 0 for never.")
     if partition != "auto" and not names:
         example = partition if isinstance(partition, str) and "." in partition else "model.layers.6"
         raise ConfigurationError(

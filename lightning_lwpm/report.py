@@ -10,15 +10,12 @@ from lightning_lwpm.tuning.choose import Choice
 __all__ = ["show_plan"]
 
 
-def show_plan(choice: Choice, rank: int) -> None:
-    """Print the plan as a table on rank 0; warn where devices stay without a stage.
+def show_plan(choice: Choice) -> None:
+    """Print the plan as a table; warn where devices stay without a stage.
 
     Args:
         choice: The plan, and what else was considered.
-        rank: This process's rank.
     """
-    if rank != 0:
-        return
     plan = choice.plan
     Console().print(plan.table())
     if len(choice.considered) > 1:

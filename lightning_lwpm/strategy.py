@@ -18,6 +18,7 @@ from lightning_lwpm.checkpoint import held_states, merge_checkpoint
 from lightning_lwpm.options import check_options, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import clip_by_norm
@@ -26,8 +27,9 @@ from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
 from lightning_lwpm.training.processes import ProcessesStrategy
+from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.steps import Steps
-from lightning_lwpm.training.weights import copies, gather, hand_out
+from lightning_lwpm.training.weights import copies, gather, holders, move
 from lightning_lwpm.tuning.choose import Wish
 from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
@@ -57,6 +59,8 @@ class LWPMStrategy(ProcessesStrategy):
             ``"estimated"``: from FLOPs, without running anything twice.
         device_memory: What each device may hold, in bytes or as in ``"12 GiB"``; by default all that an accelerator
             has free, and no limit on a CPU.
+        repartition_every_n_epochs: After so many epochs layers move to other stages, weights and optimizer state with
+            them, where the measured times show that this makes a step over 5 % faster; 0 for never.
         virtual_stages: Stages for each device; only 1 for now.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: ``"gloo"``, also for accelerators (through host memory).
@@ -75,6 +79,7 @@ class LWPMStrategy(ProcessesStrategy):
         partition: str | list[str] = "auto",
         costs: Literal["measured", "estimated"] = "measured",
         device_memory: float | str | None = None,
+        repartition_every_n_epochs: int = 0,
         virtual_stages: int = 1,
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
@@ -93,6 +98,7 @@ class LWPMStrategy(ProcessesStrategy):
             schedule=schedule,
             partition=partition,
             costs=costs,
+            repartition_every_n_epochs=repartition_every_n_epochs,
             virtual_stages=virtual_stages,
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
@@ -102,12 +108,14 @@ class LWPMStrategy(ProcessesStrategy):
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule = num_microbatches, schedule
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
-        self.partition, self.costs = partition, costs
+        self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
         self._planner: Planner | None = None
         self._feed: Feed | None = None
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
         self._steps: Steps | None = None
+        self._reviewer: Reviewer | None = None
+        self._repartitioned_at = -1
         self._copies: list[torch.nn.Module] = []
 
     @property
@@ -139,22 +147,35 @@ class LWPMStrategy(ProcessesStrategy):
                 check_optimizers(self.optimizers)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
             layout = self._planner.layout(trainer, module, self._feed, self._wish())
-            count, schedule = self._settled()
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
-                hand_out(self.mailbox, self.next_turn(), module, layout, self.optimizers)
-                for copy in self._copies:
-                    hand_out(self.mailbox, self.next_turn(), copy, layout, ())
+                self._move_weights(None, layout)
             self.model_to_device()
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
-            self._engine = Engine(self.mailbox, self.transport, module, layout, self.root_device, schedule)
+            engine = self._start_engine(layout)
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
                 self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
-            self._steps = Steps(trainer, module, self._engine, self._feed, self._hooks, self.precision_plugin, count)
+            count = self._settled()[0]
+            self._steps = Steps(trainer, module, engine, self._feed, self._hooks, self.precision_plugin, count)
+
+    def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
+        assert self._planner is not None and self.lightning_module is not None
+        module, schedule = self.lightning_module, self._settled()[1]
+        self._engine = Engine(self.mailbox, self.transport, module, layout, self.root_device, schedule, serial=serial)
+        self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
+        return self._engine
+
+    def _move_weights(self, before: Layout | None, after: Layout) -> None:
+        """Bring weights, their copies in callbacks and optimizer states to the ranks that hold them from now on."""
+        assert self.lightning_module is not None
+        old, new = holders(before, self.world_size), holders(after, self.world_size)
+        move(self.mailbox, self.next_turn(), self.lightning_module, old, new, self.optimizers)
+        for copy in self._copies:
+            move(self.mailbox, self.next_turn(), copy, old, new, ())
 
     @property
     def plan(self) -> PartitionPlan | None:
@@ -194,6 +215,25 @@ class LWPMStrategy(ProcessesStrategy):
             batch, lambda raw: super(LWPMStrategy, self).batch_to_device(raw, device, dataloader_idx)
         )
 
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        epoch, every = self.lightning_module.current_epoch, self.repartition_every_n_epochs
+        if every and batch_idx == 0 and epoch != self._repartitioned_at and self._reviewer is not None:
+            due = epoch - self._repartitioned_at >= every
+            self._repartitioned_at = epoch if due or self._repartitioned_at < 0 else self._repartitioned_at
+            if due:
+                self._repartition()
+
+    def _repartition(self) -> None:
+        """Between two batches: move layers to where the measured times want them."""
+        assert self._reviewer is not None and self._engine is not None
+        with self.told("moving layers between stages"):
+            layout = self._reviewer.better()
+            if layout is not None:
+                self._move_weights(self._engine.layout, layout)
+                self.steps.attach(self._start_engine(layout, self._engine.serial))
+
     # -- steps ---------------------------------------------------------------------------------------------------
 
     @property
@@ -204,7 +244,10 @@ class LWPMStrategy(ProcessesStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.train(*args, **kwargs)
+        out = self.steps.train(*args, **kwargs)
+        if self._reviewer is not None:
+            self._reviewer.batch_done()
+        return out
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -263,7 +306,7 @@ class LWPMStrategy(ProcessesStrategy):
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout)
-        self._engine = self._steps = None
+        self._engine = self._steps = self._reviewer = None
         self._copies = []
         super().teardown()
 

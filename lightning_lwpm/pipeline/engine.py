@@ -11,6 +11,7 @@ from lightning_lwpm.pipeline.executor import Executor
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import build, forward_only, place
 from lightning_lwpm.pipeline.shared import SharedGradients
+from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout
@@ -28,8 +29,10 @@ class Engine:
         layout: The partition.
         device: This rank's device.
         schedule: Name of the schedule for training.
+        serial: Number of the first micro-batch; what follows another engine on the same links counts on.
 
     Attributes:
+        times: What this rank has measured of its own work.
         stage: This rank's stage; ``None`` where there are fewer stages than ranks and this rank has none.
     """
 
@@ -41,13 +44,15 @@ class Engine:
         layout: Layout,
         device: torch.device,
         schedule: str = "1f1b",
+        serial: int = 0,
     ) -> None:
         self.mailbox, self.layout, self.device, self.schedule = mailbox, layout, device, schedule
         self.ranks = place(layout.num_stages)
         self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else None
         self.last = self.stage == layout.num_stages - 1
         mailbox.introduce(self.ranks)
-        self._serial = 0
+        self.serial = serial
+        self.times = Times()
         self._tables: dict[tuple[str, int], list[Any]] = {}
         seed = mailbox.broadcast("engine seed", torch.initial_seed(), what="the seed")
         self.executor: Executor | None = None
@@ -61,7 +66,9 @@ class Engine:
             exchange = Exchange(mailbox, transport, self.stage, self.ranks, device)
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
             self.shared = SharedGradients(mailbox, transport, root, layout, self.stage, self.ranks)
-        self.executor = Executor(mailbox, exchange, self.stage, layout.num_stages, units, device, seed)
+        self.executor = Executor(
+            mailbox, exchange, self.stage, layout.num_stages, units, device, seed + serial, self.times
+        )
 
     def train(
         self,
@@ -104,8 +111,8 @@ class Engine:
 
     def _run(self, schedule: str, batch: Batch, forward: Any, backward: Any, fetch: Any, kind: str) -> list[Any]:
         count = len(batch)
-        first = self._serial
-        self._serial += count
+        first = self.serial
+        self.serial += count
         if self.executor is None:
             return [None] * count
         executor = self.executor

@@ -1,5 +1,6 @@
 """Runs one rank's row of a schedule's table: nothing here knows which schedule it is."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import Action
+from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random
 from lightning_lwpm.staging.step import StagedStep
@@ -29,6 +31,7 @@ class Executor:
         units: The units of the layout, with their modules.
         device: Where this stage computes.
         seed: Of Python's and NumPy's generators, alike on all ranks.
+        times: Where the work of training is noted.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class Executor:
         units: Sequence[tuple[Unit, nn.Module]],
         device: torch.device,
         seed: int = 0,
+        times: Times | None = None,
     ) -> None:
         self.mailbox, self.exchange, self.stage, self.device, self.seed = mailbox, exchange, stage, device, seed
         self.last = stage == num_stages - 1
+        self.times = times or Times()
         self.num_stages = num_stages
         self.units = list(units)
         self.random = TorchRandom(seed, stage, device)
@@ -75,11 +80,15 @@ class Executor:
         for position, action in enumerate(actions):
             with self.guarded(action):
                 item = items[action.microbatch]
+                began, waited = time.perf_counter(), self.mailbox.waited
                 if action.kind == "F":
                     self._post_ahead(actions, position, items)
                     outputs[action.microbatch] = self._forward(item, microbatch, forward)
                 else:
                     self._backward(item, outputs, backward)
+                if item.grad:
+                    busy = time.perf_counter() - began - (self.mailbox.waited - waited)
+                    self.times.add(action.stage, action.kind, busy)
         return outputs
 
     def _post_ahead(self, actions: Sequence[Action], position: int, items: Sequence[Item]) -> None:

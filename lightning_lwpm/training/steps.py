@@ -51,13 +51,18 @@ class Steps:
         precision: Precision,
         count: int,
     ) -> None:
-        self.trainer, self.module, self.engine, self.feed = trainer, module, engine, feed
+        self.trainer, self.module, self.feed = trainer, module, feed
         self.hooks, self.precision, self.count, self.mailbox = hooks, precision, count, engine.mailbox
-        self.metrics = Metrics(module, engine.last)
         self.book = LogBook(module, self.mailbox)
-        held = [(name, p) for name, p in module.named_parameters() if not is_placeholder(p)]
-        self.stash = Stash([p for _, p in held], [p for name, p in held if name in engine.layout.shared])
         self._turn = 0
+        self.attach(engine)
+
+    def attach(self, engine: Engine) -> None:
+        """Run the steps by another engine from now on: the layers have moved."""
+        self.engine = engine
+        self.metrics = Metrics(self.module, engine.last)
+        held = [(name, p) for name, p in self.module.named_parameters() if not is_placeholder(p)]
+        self.stash = Stash([p for _, p in held], [p for name, p in held if name in engine.layout.shared])
 
     def train(self, batch: Any, *args: Any) -> Any:
         """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""

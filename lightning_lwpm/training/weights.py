@@ -1,54 +1,96 @@
-"""Hands out the weights of rank 0 at the start of a run, and gathers the trained ones at its end."""
+"""Moves weights: from rank 0 to their stages at the start of a run, between stages, and together at its end."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 
-__all__ = ["copies", "gather", "hand_out"]
+__all__ = ["copies", "gather", "holders", "move"]
+
+Holders = Callable[[str], Collection[int]]
+"""From the name of a parameter or buffer to the ranks that hold its values."""
 
 
-def hand_out(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, optimizers: Sequence[Optimizer]) -> None:
-    """Rank 0's weights are everybody's; each rank keeps its share, in the module and in the optimizers.
+def holders(layout: Layout | None, world: int) -> Holders:
+    """Who holds what under a layout; before there is one, rank 0's weights are everybody's.
 
     Processes that were started apart have drawn different initial weights, unless the user seeded them.
+    """
+    if layout is None:
+        return lambda name: (0,)
+    ranks = place_stages(layout.num_stages)
+
+    def of(name: str) -> Collection[int]:
+        stages = layout.parameters.get(name) or layout.buffers.get(name)
+        return range(world) if stages is None else [ranks[stage] for stage in stages]
+
+    return of
+
+
+def move(
+    mailbox: Mailbox, key: int, module: nn.Module, before: Holders, after: Holders, optimizers: Sequence[Optimizer]
+) -> None:
+    """Bring weights to the ranks that are to hold them, and let go of the rest, in the module and in the optimizers.
+
+    The first of those that hold a tensor now sends it, one tensor at a time, with what the optimizers keep of it.
 
     Args:
         mailbox: The control connections.
         key: Names this exchange; the same on all ranks.
-        module: The whole model.
-        layout: The partition.
+        module: The model.
+        before: Who holds what now.
+        after: Who is to hold what.
         optimizers: Optimizers that hold the model's parameters.
     """
-    ranks = place_stages(layout.num_stages)
-
-    def stages(name: str) -> tuple[int, ...] | None:
-        return layout.parameters.get(name) or layout.buffers.get(name)
-
-    if mailbox.rank == 0:
-        for name, tensor in named_tensors(module):
-            where = stages(name)
-            targets = range(mailbox.world) if where is None else [ranks[stage] for stage in where]
-            for target in targets:
-                if target != 0:
-                    mailbox.post(target, "weight", (key, name), tensor.detach())
+    rank = mailbox.rank
+    states: dict[str, Any] = {}
+    for name, tensor in named_tensors(module):
+        owners, wanted = before(name), after(name)
+        state = _state(optimizers, tensor)
+        if rank == min(owners):
+            for target in wanted:
+                if target not in owners:
+                    mailbox.post(target, "weight", (key, name), (tensor.detach(), state))
+        elif rank in wanted and rank not in owners:
+            states[name] = None
 
     def fetch(name: str, tensor: Tensor) -> Tensor:
-        if mailbox.rank == 0:
+        if name not in states:
             return tensor
-        return mailbox.take("weight", (key, name), f"the weights '{name}' from rank 0")
+        what = f"the weights '{name}' from rank {min(before(name))}"
+        values, states[name] = mailbox.take("weight", (key, name), what)
+        return values
 
-    replaced = place(module, stages, ranks.index(mailbox.rank) if mailbox.rank in ranks else None, fetch)
+    replaced = place(module, lambda name: None if rank in after(name) else (), rank, fetch)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
         for old in [parameter for parameter in optimizer.state if id(parameter) in replaced]:
-            optimizer.state[replaced[id(old)]] = optimizer.state.pop(old)
+            new, state = replaced[id(old)], optimizer.state.pop(old)
+            if not is_placeholder(new):
+                optimizer.state[new] = state
+    named = dict(named_tensors(module))
+    for name, state in states.items():
+        if state is not None:
+            number, entries = state
+            device = named[name].device
+            optimizers[number].state[named[name]] = move_data_to_device(entries, device)
+
+
+def _state(optimizers: Sequence[Optimizer], tensor: Tensor) -> tuple[int, dict[str, Any]] | None:
+    """Which optimizer keeps something of a tensor, and what."""
+    for number, optimizer in enumerate(optimizers):
+        if tensor in optimizer.state:
+            return number, optimizer.state[tensor]
+    return None
 
 
 def copies(module: nn.Module, holders: Iterable[object]) -> list[nn.Module]:

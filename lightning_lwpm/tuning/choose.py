@@ -17,6 +17,9 @@ __all__ = ["Choice", "Wish", "choose"]
 _AS_GOOD = 1.03
 """Fewer micro-batches are preferred where they cost no more than this times the best."""
 
+_FASTER = 1.01
+"""1F1B, which holds the fewest activations, comes first; another schedule must be faster by a hundredth."""
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -39,14 +42,16 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, and the best plan of each other number of micro-batches that was considered.
+    """A plan, and what it was chosen from.
 
     Args:
         plan: The best one.
-        considered: Number of micro-batches -> predicted seconds of a step.
+        look: The step at the size of its micro-batches.
+        considered: Number of micro-batches -> predicted seconds of a step with the best plan for it.
     """
 
     plan: PartitionPlan
+    look: Look
     considered: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -66,26 +71,27 @@ def choose(
     Raises:
         ConfigurationError: if nothing that the user allows fits the devices, or the partition cannot be made.
     """
-    stages = min(num_ranks, 1 + sum(looks[0].timeline.allowed[1:]))
     if not train:
-        return Choice(_planned(looks, seen, num_ranks, samples, wish, 1, ""))
-    plans: dict[int, PartitionPlan] = {}
+        return Choice(planned(looks[0], seen, num_ranks, wish, 1, ""), looks[0])
+    found: dict[int, Choice] = {}
     refusal: ConfigurationError | None = None
-    for count in candidates(wish.num_microbatches, stages, samples):
-        for schedule in list(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]:
+    for count in candidates(wish.num_microbatches, _stages(looks[0], num_ranks), samples):
+        look = at(looks, (samples or 1) / count)
+        for schedule in sorted(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]:
             try:
-                plan = _planned(looks, seen, num_ranks, samples, wish, count, schedule)
+                plan = planned(look, seen, num_ranks, wish, count, schedule)
             except ConfigurationError as error:
                 refusal = refusal or error
                 continue
-            if count not in plans or _seconds(plan) < _seconds(plans[count]) / _tie(schedule):
-                plans[count] = plan
-    if not plans:
+            if count not in found or _seconds(plan) * _FASTER < _seconds(found[count].plan):
+                found[count] = Choice(plan, look)
+    if not found:
         assert refusal is not None
         raise refusal
-    best = min(map(_seconds, plans.values()))
-    count = next(count for count, plan in plans.items() if _seconds(plan) <= best * _AS_GOOD)
-    return Choice(plans[count], {count: _seconds(plan) for count, plan in plans.items()})
+    seconds = {count: _seconds(choice.plan) for count, choice in found.items()}
+    best = min(seconds.values())
+    chosen = found[next(count for count in seconds if seconds[count] <= best * _AS_GOOD)]
+    return replace(chosen, considered=seconds)
 
 
 def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) -> list[int]:
@@ -97,26 +103,33 @@ def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) 
     return sorted({min(stages * turns, samples) for turns in (1, 2, 4, 8, 16)})
 
 
-def _planned(
-    looks: Sequence[Look],
-    seen: Probe,
-    num_ranks: int,
-    samples: int | None,
-    wish: Wish,
-    count: int,
-    schedule: str,
-) -> PartitionPlan:
-    look = at(looks, (samples or 1) / count)
-    stages = min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
+def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, schedule: str) -> PartitionPlan:
+    """The best plan for a number of micro-batches and a schedule, and what is expected of it.
+
+    Args:
+        look: The step at the size of these micro-batches.
+        seen: Where parameters are used.
+        num_ranks: Number of ranks.
+        wish: What the user asked for.
+        count: Number of micro-batches.
+        schedule: Its name; "" for evaluation.
+
+    Raises:
+        ConfigurationError: if it does not fit the devices, or the partition cannot be made.
+    """
     try:
-        memory = memory_of(look, seen, stages, count, schedule, wish)
+        memory = memory_of(look, seen, _stages(look, num_ranks), count, schedule, wish)
     except ImportError:
         memory = None
     plan = make_plan(look.timeline, num_ranks, wish.partition, place, look.costs, count if schedule else None, memory)
     if not schedule:
         return plan
-    told = predict(plan, look.costs.link, schedule, count, look.costs.measured)
-    return replace(plan, prediction=told)
+    return replace(plan, prediction=predict(plan, look.costs.link, schedule, count, look.costs.measured))
+
+
+def _stages(look: Look, num_ranks: int) -> int:
+    """Number of stages: one a rank, as long as there are places to cut."""
+    return min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
 
 
 def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Any:
@@ -151,8 +164,3 @@ def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, w
 def _seconds(plan: PartitionPlan) -> float:
     assert plan.prediction is not None
     return plan.prediction.step_seconds
-
-
-def _tie(schedule: str) -> float:
-    """1F1B holds the fewest activations, so that another schedule has to be faster by more than a hundredth."""
-    return 0.99 if schedule == "1f1b" else 1.01

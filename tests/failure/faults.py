@@ -174,7 +174,7 @@ def make_trainer(world: int, callbacks: Any = (), strategy: Any = None, **option
     return L.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy=strategy or LWPMStrategy(num_microbatches=4, **options),
+        strategy=strategy or LWPMStrategy(num_microbatches=4, costs="estimated", **options),
         max_epochs=2,
         callbacks=list(callbacks),
         logger=False,

@@ -18,7 +18,7 @@ Scenario = Callable[[dict[str, Any]], Any]
 
 def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None) -> Any:
     """Run a scenario in a worker; ``options`` of the strategy, or ``None`` for stock Lightning."""
-    strategy: Any = "auto" if options is None else LWPMStrategy(patience=5, **options)
+    strategy: Any = "auto" if options is None else LWPMStrategy(**{"patience": 5, "costs": "estimated", **options})
     kwargs = {
         "accelerator": "cpu",
         "devices": world,

@@ -1,0 +1,59 @@
+"""Tells the user when another partition would be faster, by what the stages have measured, and finds it."""
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.training.planning import Planner
+from lightning_lwpm.tuning.review import StageTimes
+
+__all__ = ["Reviewer"]
+
+_BATCHES = 12
+"""After so many batches the stages' times are compared with the plan's: by then nothing has to be learned any more."""
+
+_LATER = 2
+"""Rank 0 reads the others' times so many batches after they were sent, so that it never waits for them."""
+
+
+class Reviewer:
+    """Compares the plan with what the stages measure of themselves.
+
+    Args:
+        planner: Has made the plan.
+        mailbox: The control connections.
+        engine: Runs the stages.
+    """
+
+    def __init__(self, planner: Planner, mailbox: Mailbox, engine: Engine) -> None:
+        self.planner, self.mailbox, self.engine = planner, mailbox, engine
+        self._batches = 0
+
+    def batch_done(self) -> None:
+        """Count a batch; once, some batches after the first, advise the user."""
+        self._batches += 1
+        if self._batches == _BATCHES:
+            self.mailbox.post(0, "stage times", self.mailbox.rank, self._mine())
+        if self._batches == _BATCHES + _LATER and self.mailbox.rank == 0:
+            what = "the times of stage {}"
+            gathered = [
+                self.mailbox.take("stage times", rank, what.format(stage), rank)
+                for stage, rank in enumerate(self.engine.ranks)
+            ]
+            found = self.planner.review([times for times in gathered if times is not None])
+            if found is not None and found.worth_telling:
+                rank_zero_info(found.text())
+
+    def better(self) -> Layout | None:
+        """The layout of a partition that is over 5 % faster, if there is one; all ranks take part."""
+        self._batches = 0
+        times = self.mailbox.gather(("stage times", self.engine.serial), self._mine(), "the times of all stages")
+        return self.planner.revised([times[rank] for rank in self.engine.ranks])
+
+    def _mine(self) -> StageTimes | None:
+        times, stage = self.engine.times, self.engine.stage
+        if stage is None:
+            return None
+        forward, backward = times.median(stage, "F"), times.median(stage, "B")
+        return StageTimes(forward, backward) if forward is not None and backward is not None else None
