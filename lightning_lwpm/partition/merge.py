@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lwpm.errors import ConfigurationError
-from lightning_lwpm.partition.search import Array, Mask, Search, least_maxima
+from lightning_lwpm.partition.search import Array, Mask, Search, least
 
 __all__ = ["Feasible", "NothingFits", "merge", "places"]
 
@@ -99,11 +99,11 @@ def merge(
     def limited(stage: int) -> Array:
         return seconds if feasible is None else np.where(fits(stage), seconds, np.inf)
 
-    least = float(least_maxima(limited, num_stages, len(positions))[-1][-1])
-    if least == np.inf:
+    maximum = float(least(limited, num_stages, len(positions))[-1][-1])
+    if maximum == np.inf:
         raise NothingFits(f"num_stages={num_stages}: no partition of {len(work)} layer calls fits the devices")
     search = Search(seconds, boundary, num_stages, None if feasible is None else fits, rounding)
-    found = search.within(least) if microbatches is None else search.best(least, microbatches - 1)
+    found = search.within(maximum) if microbatches is None else search.best(maximum, microbatches - 1)
     return [int(positions[cut]) for cut in found.cuts]
 
 

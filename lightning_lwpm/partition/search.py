@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Found", "Mask", "Search", "least_maxima", "trace"]
+__all__ = ["Array", "Found", "Mask", "Search", "least", "trace"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -39,21 +39,24 @@ class Found(NamedTuple):
     cuts: list[int]
 
 
-def least_maxima(cost: Callable[[int], Array], num_stages: int, num_places: int) -> list[Array]:
-    """The least maximum over the first stages, for each number of them and each place where they may end.
+def least(
+    cost: Callable[[int], Array], num_stages: int, num_places: int, combine: np.ufunc = np.maximum
+) -> list[Array]:
+    """The least cost of the first stages, for each number of them and each place where they may end.
 
     Args:
         cost: The cost of a stage by (begin, end), not negative, infinite where that is no stage.
         num_stages: Number of stages.
         num_places: Number of places.
+        combine: Makes one cost of two: ``np.maximum`` or ``np.add``.
 
     Returns:
         Entry ``k`` for the first ``k`` stages: a vector over places.
     """
-    maxima = [_start(num_places)]
+    costs = [_start(num_places)]
     for stage in range(num_stages):
-        maxima.append(np.maximum(maxima[-1][:, None], cost(stage)).min(axis=0))
-    return maxima
+        costs.append(combine(costs[-1][:, None], cost(stage)).min(axis=0))
+    return costs
 
 
 def trace(num_stages: int, last: int, candidates: Callable[[int, int], Array]) -> list[int]:
@@ -120,14 +123,14 @@ class Search:
         """The partition with the least sum of boundaries whose stages all take at most ``limit`` seconds."""
         return self._within(self._band(limit, self._fits), limit)
 
-    def best(self, least: float, weight: float) -> Found:
+    def best(self, least_maximum: float, weight: float) -> Found:
         """The partition that minimises ``weight * maximum + 2 * total``; of equal ones that of least maximum.
 
         Args:
-            least: The least maximum that is possible.
+            least_maximum: The least maximum that is possible.
             weight: How often the slowest stage counts, at least 0.
         """
-        best = self.within(least)
+        best = self.within(least_maximum)
         score = slack = self._score(best, weight)
         slack *= self._rounding
 
@@ -140,7 +143,7 @@ class Search:
             highest = limit(self._within(self._band(highest, None), highest).total)
         band = self._band(highest, self._fits)
         times = self._seconds[np.isfinite(self._seconds) & (self._seconds <= highest)]
-        levels = np.unique(np.append(times[times > least * (1 + self._rounding)], least))
+        levels = np.unique([least_maximum, *times[times > least_maximum * (1 + self._rounding)]])
         # intervals between two levels that have been tried: their bound, their ends and the sums found there
         heap: list[tuple[float, int, int, float, float]] = []
 

@@ -1,0 +1,149 @@
+"""What a stage needs on its device at its worst moment, in bytes, for every stage that could be cut.
+
+::
+
+    stage           received | h.1   h.2   h.3 | sent
+    weights                    [1]   [2]   [3]          once, with gradients and optimizer state
+    micro-batch 0      x       ...   ...   ...          what its backward pass will need,
+    micro-batch 1      x       ...   ...   ...          for each micro-batch in flight
+    at work                          [!]          y     the hungriest call, and one result on its way
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.partition.search import Array, Mask
+
+__all__ = ["Memory"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    r"""What stages need, and what their devices hold.
+
+    A stage ``stage`` of the calls :math:`i, \dots, j-1` needs
+
+    .. math:: parameters_{[i, j)} + f \left(\sum_{k=i}^{j-1} kept_k + boundary_i\right)
+              + \max_{i \le k < j} transient_k + boundary_j
+
+    where :math:`f` is the number of its micro-batches in flight, and nothing is sent from the last call.
+
+    Args:
+        parameters: For each parameter the positions of the calls that use it, and the bytes of its values, gradient
+            and optimizer state. It counts once in each stage that has any of the positions.
+        kept: For each call the bytes of one micro-batch that it, and the functions after it, keep for backward.
+        boundary: For each call the bytes of one micro-batch that are alive just before it; entry 0 unused.
+        transient: For each call the most bytes that live only while it runs, forward or backward.
+        in_flight: From stage and number of stages to the most micro-batches between their forward and backward pass.
+        limits: Bytes of the device of each stage, or of every one; infinite for no limit.
+
+    Raises:
+        ValueError: If lengths differ, or bytes are negative or not finite.
+        ConfigurationError: If a limit is not positive.
+    """
+
+    parameters: Sequence[tuple[tuple[int, ...], float]]
+    kept: Sequence[float]
+    boundary: Sequence[float]
+    transient: Sequence[float]
+    in_flight: Callable[[int, int], int]
+    limits: Sequence[float] | float = math.inf
+
+    def __post_init__(self) -> None:
+        if not len(self.kept) == len(self.boundary) == len(self.transient):
+            raise ValueError(
+                f"kept, boundary and transient need an entry for each layer call, "
+                f"got {len(self.kept)}, {len(self.boundary)} and {len(self.transient)}"
+            )
+        weights = [nbytes for _, nbytes in self.parameters]
+        for name in ("parameters", "kept", "boundary", "transient"):
+            for index, nbytes in enumerate(weights if name == "parameters" else getattr(self, name)):
+                if not 0 <= nbytes < math.inf:
+                    raise ValueError(f"{name}[{index}] takes {nbytes!r} bytes: it must be finite and not negative")
+        for limit in self.limits if isinstance(self.limits, Sequence) else [self.limits]:
+            if not limit > 0:
+                raise ConfigurationError(f"a device of {limit!r} bytes holds nothing; its limit must be positive")
+
+    def limit(self, stage: int, num_stages: int) -> float:
+        """Bytes of the device of a stage.
+
+        Raises:
+            ConfigurationError: If the limits belong to another number of stages.
+        """
+        if not isinstance(self.limits, Sequence):
+            return self.limits
+        if len(self.limits) != num_stages:
+            raise ConfigurationError(f"there are limits for {len(self.limits)} stage(s), but {num_stages} stage(s)")
+        return self.limits[stage]
+
+    def need(self, stage: int, num_stages: int) -> Array:
+        """Bytes that a stage needs by (begin, end), of shape (n + 1, n + 1); meaningless where end <= begin."""
+        return self._once + self.in_flight(stage, num_stages) * self._each
+
+    def feasible(self, stage: int, num_stages: int) -> Mask:
+        """Whether a stage of the calls from begin to before end fits its device, of shape (n + 1, n + 1)."""
+        return np.triu(self.need(stage, num_stages) <= self.limit(stage, num_stages), k=1)
+
+    def breakdown(self, stage: int, num_stages: int, begin: int, end: int) -> dict[str, float]:
+        """What the calls from ``begin`` to before ``end`` need as a stage, by what it is for; the sum is the need."""
+        flying = self.in_flight(stage, num_stages)
+        inside = range(begin, end)
+        return {
+            "weights": sum(nbytes for where, nbytes in self.parameters if any(at in inside for at in where)),
+            "activations": flying * sum(self.kept[begin:end]),
+            "received": flying * self._edges[begin],
+            "sent": self._edges[end],
+            "transient": max(self.transient[begin:end]),
+        }
+
+    def scaled(self, factor: float) -> "Memory":
+        """The need with micro-batches of another size, as far as it grows in proportion to the size.
+
+        Args:
+            factor: The new size over the old one.
+        """
+        return replace(
+            self,
+            kept=[nbytes * factor for nbytes in self.kept],
+            boundary=[nbytes * factor for nbytes in self.boundary],
+            transient=[nbytes * factor for nbytes in self.transient],
+        )
+
+    @cached_property
+    def _edges(self) -> list[float]:
+        """What crosses each place where a stage may begin or end: nothing at the beginning and at the end."""
+        return [0.0, *self.boundary[1:], 0.0]
+
+    @cached_property
+    def _each(self) -> Array:
+        """What every micro-batch in flight adds."""
+        kept = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))])
+        return kept[None, :] - kept[:, None] + np.array(self._edges)[:, None]
+
+    @cached_property
+    def _once(self) -> Array:
+        """What does not depend on how many micro-batches are in flight."""
+        n = len(self.kept)
+        # transient[j - 1] at (i, j): the running maximum along j starts at j = i + 1
+        transient = np.maximum.accumulate(np.triu(np.tile([0.0, *self.transient], (n + 1, 1)), k=1), axis=1)
+        return self._weights + transient + np.array(self._edges)[None, :]
+
+    @cached_property
+    def _weights(self) -> Array:
+        """Bytes of the parameters that are used between begin and end, each counted once."""
+        n = len(self.kept)
+        # A use is the first of its parameter in a stage that begins after the use before it, and not after this
+        # one, and ends later: a rectangle of (begin, end). Rectangles are added up by their corners.
+        corners = np.zeros((n + 2, n + 2))
+        for where, nbytes in self.parameters:
+            before = -1
+            for at in sorted(set(where)):
+                corners[before + 1, at + 1] += nbytes
+                corners[at + 1, at + 1] -= nbytes
+                before = at
+        return corners.cumsum(axis=0).cumsum(axis=1)[: n + 1, : n + 1]
