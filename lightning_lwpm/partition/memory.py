@@ -65,9 +65,14 @@ class Memory:
             for index, nbytes in enumerate(weights if name == "parameters" else getattr(self, name)):
                 if not 0 <= nbytes < math.inf:
                     raise ValueError(f"{name}[{index}] takes {nbytes!r} bytes: it must be finite and not negative")
-        for limit in self.limits if isinstance(self.limits, Sequence) else [self.limits]:
+        for limit in self._limits:
             if not limit > 0:
                 raise ConfigurationError(f"a device of {limit!r} bytes holds nothing; its limit must be positive")
+
+    @property
+    def limited(self) -> bool:
+        """Whether any device has a limit; without one, everything fits."""
+        return any(limit < math.inf for limit in self._limits)
 
     def limit(self, stage: int, num_stages: int) -> float:
         """Bytes of the device of a stage.
@@ -113,6 +118,10 @@ class Memory:
             boundary=[nbytes * factor for nbytes in self.boundary],
             transient=[nbytes * factor for nbytes in self.transient],
         )
+
+    @property
+    def _limits(self) -> Sequence[float]:
+        return self.limits if isinstance(self.limits, Sequence) else [self.limits]
 
     @cached_property
     def _edges(self) -> list[float]:

@@ -1,5 +1,6 @@
 """What stages need is what counting by hand gives."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -105,6 +106,8 @@ def test_smaller_micro_batches_keep_less():
 def test_without_limits_everything_fits():
     memory = Memory([((0, 1), 1e30)], [1, 1], [1, 1], [1, 1], to_the_end)
     assert np.array_equal(memory.feasible(0, 1), np.triu(np.ones((3, 3), bool), k=1))
+    assert not memory.limited
+    assert replace(memory, limits=[float("inf"), 5]).limited
 
 
 def test_bad_input_is_quoted():
