@@ -55,10 +55,10 @@ def merge(
     interval first, until none can win.
 
     Each programme takes :math:`O(S n w)`, where :math:`w` is the largest number of calls in a stage within the
-    limit; of the second, 2 to 30 runs were seen to suffice. 500 calls of various random times, into 4 and into 64
-    stages, on one core of a shared CPU: at most 0.02 s and 0.08 s; with memory limits that differ by stage 0.04 s
-    and 0.5 s; with a single micro-batch, where any maximum may win, 0.04 s and 0.3 s, with memory limits 0.09 s
-    and 0.7 s. 1000 calls and 64 stages take 0.2 s, with memory limits 1.1 s.
+    limit; 2 to 40 runs of the second were seen to suffice. Measured on one core of a shared CPU, calls of various
+    random times, the slowest case of each: 500 calls into 4 stages 0.02 s, into 64 stages 0.08 s, with memory limits
+    that differ by stage 0.04 s and 0.5 s; with a single micro-batch, where any maximum may win, 0.04 s and 0.3 s, with
+    memory limits 0.09 s and 0.7 s. 1000 calls into 64 stages, several micro-batches: 0.2 s, with memory limits 1.1 s.
 
     Args:
         work: Seconds of each call, forward and backward, for one micro-batch.
