@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.schedule import SCHEDULES
 
 __all__ = ["check_options", "parse_bytes"]
@@ -66,11 +67,12 @@ def check_options(
     every = repartition_every_n_epochs
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise ConfigurationError(f"repartition_every_n_epochs={every!r}: pass a number of epochs, or 0 for never.")
-    if partition != "auto" and not names:
+    named = isinstance(partition, str) and partition.endswith((".yaml", ".yml"))
+    if partition != "auto" and not names and not named and not isinstance(partition, PartitionPlan):
         example = partition if isinstance(partition, str) and "." in partition else "model.layers.6"
         raise ConfigurationError(
-            f'partition={partition!r}: pass "auto", or a list with the dotted names of the layers that begin the '
-            f'second, third, ... stage, such as ["{example}"].'
+            f'partition={partition!r}: pass "auto", a list with the dotted names of the layers that begin the '
+            f'second, third, ... stage, such as ["{example}"], or the path of a plan, such as "plan.yaml".'
         )
     if virtual_stages != 1:
         raise ConfigurationError(

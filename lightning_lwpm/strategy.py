@@ -53,8 +53,8 @@ class LWPMStrategy(ProcessesStrategy):
             smaller. ``"auto"``: the number that makes the shortest step, by simulation.
         schedule: The order of forward and backward passes: ``"1f1b"``, ``"gpipe"``, or ``"auto"`` for the faster one,
             by simulation; 1F1B, which holds fewer activations, where they are alike.
-        partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, or the path of a
-            plan (``"plan.yaml"``).
+        partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, the path of a
+            plan (``"plan.yaml"``), or a plan (``trainer.strategy.plan`` of an earlier run).
         costs: ``"measured"``: each distinct layer is timed at the first start, and never again on the same machine.
             ``"estimated"``: from FLOPs, without running anything twice.
         device_memory: What each device may hold, in bytes or as in ``"12 GiB"``; by default all that an accelerator
@@ -76,7 +76,7 @@ class LWPMStrategy(ProcessesStrategy):
         self,
         num_microbatches: int | Literal["auto"] = "auto",
         schedule: str = "auto",
-        partition: str | list[str] = "auto",
+        partition: str | list[str] | PartitionPlan = "auto",
         costs: Literal["measured", "estimated"] = "measured",
         device_memory: float | str | None = None,
         repartition_every_n_epochs: int = 0,
@@ -132,21 +132,14 @@ class LWPMStrategy(ProcessesStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self.lightning_module
         with self.told("setup"):
-            check_module(module, fitting, self.global_rank == 0)
-            self.model = self.precision_plugin.convert_module(self.model)
-            self._feed = Feed(
-                self.mailbox, Loop(trainer, module, self.precision_plugin, self.root_device), ahead=2 * self.world_size
-            )
-            if fitting:
-                self.setup_optimizers(trainer)
-                check_optimizers(self.optimizers)
+            feed = self._prepare(trainer)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
-            layout = self._planner.layout(trainer, module, self._feed, self._wish())
+            layout = self._planner.layout(trainer, module, feed, self._wish())
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
                 self._move_weights(None, layout)
@@ -160,7 +153,20 @@ class LWPMStrategy(ProcessesStrategy):
                 self._hooks.install()
                 self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
             count = self._settled()[0]
-            self._steps = Steps(trainer, module, engine, self._feed, self._hooks, self.precision_plugin, count)
+            self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count)
+
+    def _prepare(self, trainer: Trainer) -> Feed:
+        """Everything that comes before the model is looked at."""
+        assert self.model is not None and self.lightning_module is not None
+        fitting, module = trainer.state.fn == TrainerFn.FITTING, self.lightning_module
+        check_module(module, fitting, self.global_rank == 0)
+        self.model = self.precision_plugin.convert_module(self.model)
+        loop = Loop(trainer, module, self.precision_plugin, self.root_device)
+        self._feed = Feed(self.mailbox, loop, ahead=2 * self.world_size)
+        if fitting:
+            self.setup_optimizers(trainer)
+            check_optimizers(self.optimizers)
+        return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
         assert self._planner is not None and self.lightning_module is not None

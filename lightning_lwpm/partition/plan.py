@@ -7,11 +7,12 @@
     rank                  1           |       0               the last stage lives on rank 0
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,12 +20,10 @@ from rich.table import Table
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.costs import Costs, estimate
 from lightning_lwpm.partition.cuts import ancestors, find_cuts, label
+from lightning_lwpm.partition.memory import Memory
 from lightning_lwpm.partition.merge import merge
 from lightning_lwpm.partition.timeline import Timeline
 from lightning_lwpm.partition.units import human, human_bytes, human_seconds
-
-if TYPE_CHECKING:
-    from lightning_lwpm.partition.memory import Memory
 
 __all__ = ["PartitionPlan", "Prediction", "StagePlan", "make_plan"]
 
@@ -131,6 +130,18 @@ class PartitionPlan:
             table.add_row("-", str(rank), "none", "-", "-", "-", "-")
         return table
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as YAML, to be read, edited, and given back as ``partition="plan.yaml"``."""
+        from lightning_lwpm.partition.planfile import save_plan  # which knows plans
+
+        save_plan(self, path)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw time, memory and traffic of the stages as a PNG or SVG picture."""
+        from lightning_lwpm.partition.draw import draw_plan  # which knows plans, and needs matplotlib
+
+        draw_plan(self, path)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain numbers, strings, lists and dicts, ready for JSON or YAML."""
         stages = [
@@ -184,7 +195,7 @@ def make_plan(
     placement: Placement,
     costs: Costs | None = None,
     microbatches: int | None = None,
-    memory: "Memory | None" = None,
+    memory: Memory | None = None,
 ) -> PartitionPlan:
     """Partition a timeline over ranks, one stage a rank.
 
@@ -219,8 +230,8 @@ def make_plan(
         # Activations cross in the forward pass and gradients of the same size in the backward pass. Over gloo both
         # ends are busy with it meanwhile.
         boundary = [2 * nbytes / costs.link.bytes_per_second for nbytes in timeline.boundary_bytes]
-        more: dict[str, Any] = {} if memory is None else {"microbatches": microbatches, "feasible": memory.feasible}
-        cuts = merge(costs.work, boundary, timeline.allowed, num_ranks, **more)
+        feasible = memory.feasible if memory is not None and memory.limited else None
+        cuts = merge(costs.work, boundary, timeline.allowed, num_ranks, microbatches, feasible)
     else:
         cuts = find_cuts(timeline, num_ranks, list(partition))
     ranks = _ranks(placement, len(cuts) + 1, num_ranks)

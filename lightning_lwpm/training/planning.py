@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.apply import make_layout
 from lightning_lwpm.partition.costs import Costs, estimate
 from lightning_lwpm.partition.plan import PartitionPlan
@@ -68,10 +69,11 @@ class Planner:
         if self.mailbox.world == 1:
             return _whole(module)
         fitting = trainer.state.fn == TrainerFn.FITTING
+        wish = self._shared("wish", wish.resolved() if self.mailbox.rank == 0 else None, "what was asked for")
         first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], self.mailbox.rank == 0)  # type: ignore[index]
         known = self._recall(module, fitting)
         if known is None:
-            known = self._learn(first, wish)
+            known = self._learn(first, wish, [self.mailbox.world])
             if known is None:  # there is no batch, so nothing will run
                 return _whole(module)
             self._known = known
@@ -89,6 +91,34 @@ class Planner:
             show_plan(choice)
         self.plan, self._choice, known.wish = plan, choice, wish
         return make_layout(module, known.seen, plan)
+
+    def survey(
+        self, trainer: Trainer, module: LightningModule, feed: Feed, wish: Wish, devices: Sequence[int]
+    ) -> dict[int, Choice | ConfigurationError]:
+        """What would be chosen for several numbers of devices, or why nothing can be.
+
+        Args:
+            trainer: Runs the step.
+            module: The whole module.
+            feed: Reads the first batch.
+            wish: What the user asked for; devices hold as much as this one.
+            devices: Their numbers.
+
+        Raises:
+            ConfigurationError: if there is no batch to look at.
+        """
+        first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], reads=True)  # type: ignore[index]
+        known = self._learn(first, wish, devices)
+        if known is None:
+            raise ConfigurationError("the data loader gives no batch, so there is nothing to look at")
+        found: dict[int, Choice | ConfigurationError] = {}
+        for number in devices:
+            wanted = replace(wish, limits=wish.limits[:1] * number)
+            try:
+                found[number] = choose(known.looks, known.seen, number, known.samples, wanted, first.train)
+            except ConfigurationError as error:
+                found[number] = error
+        return found
 
     def review(self, measured: Sequence[StageTimes | None]) -> Review | None:
         """Compare the plan with what its stages have measured.
@@ -125,13 +155,13 @@ class Planner:
         assert module is not None
         return make_layout(module, self._known.seen, better)
 
-    def _learn(self, first: Onlooker, wish: Wish) -> "_Known | None":
+    def _learn(self, first: Onlooker, wish: Wish, devices: Sequence[int]) -> "_Known | None":
         """Look at the step, at two sizes of micro-batch where their number is left open; learn what it costs."""
         samples = self._shared("samples", first.samples if first.reads else None, "the size of a batch")
-        counts = candidates(wish.num_microbatches, self.mailbox.world, samples) if first.train else [1]
+        few, many = (candidates(wish.num_microbatches, of(devices), samples) for of in (min, max))
         seen: Probe | None = None
         looks = []
-        for count in dict.fromkeys([counts[len(counts) // 2], counts[-1]]):
+        for count in dict.fromkeys([few[len(few) // 2], many[-1]] if first.train else [1]):
             probe = self._ask(first, count)
             if probe is None:
                 return None

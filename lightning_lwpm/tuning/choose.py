@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.describe import Probe
+from lightning_lwpm.partition.memory import Memory
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
+from lightning_lwpm.partition.planfile import load_plan
 from lightning_lwpm.pipeline.schedule import SCHEDULES, place
 from lightning_lwpm.tuning.predict import in_flight, predict
 from lightning_lwpm.tuning.sized import Look, at
@@ -26,18 +28,40 @@ class Wish:
     """What the user asked for, and what there is.
 
     Args:
-        partition: "auto", or the layers that begin stages.
+        partition: "auto", the layers that begin stages, the path of a plan, or a plan.
         num_microbatches: A number, or "auto".
         schedule: A name, or "auto".
         limits: Bytes of each rank's device; infinite where there is no limit.
         state_factor: Bytes of optimizer state for each byte of trained parameters.
     """
 
-    partition: str | Sequence[str] = "auto"
+    partition: str | Sequence[str] | PartitionPlan = "auto"
     num_microbatches: int | Literal["auto"] = "auto"
     schedule: str = "auto"
     limits: tuple[float, ...] = ()
     state_factor: float = 0.0
+
+    def resolved(self) -> "Wish":
+        """The same with the layers that a plan names, and what else it says where the user has left it open.
+
+        Raises:
+            ConfigurationError: if a plan's file cannot be used.
+        """
+        if isinstance(self.partition, PartitionPlan):
+            told = self.partition.prediction
+            cuts = [stage.begins for stage in self.partition.stages[1:]]
+            count, schedule = (told.num_microbatches, told.schedule) if told is not None else (None, None)
+        elif isinstance(self.partition, str) and self.partition != "auto":
+            file = load_plan(self.partition)
+            cuts, count, schedule = file.cuts, file.num_microbatches, file.schedule
+        else:
+            return self
+        return replace(
+            self,
+            partition=cuts,
+            num_microbatches=(count or "auto") if self.num_microbatches == "auto" else self.num_microbatches,
+            schedule=(schedule or "auto") if self.schedule == "auto" else self.schedule,
+        )
 
 
 @dataclass(frozen=True)
@@ -117,10 +141,8 @@ def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, sch
     Raises:
         ConfigurationError: if it does not fit the devices, or the partition cannot be made.
     """
-    try:
-        memory = memory_of(look, seen, _stages(look, num_ranks), count, schedule, wish)
-    except ImportError:
-        memory = None
+    assert not isinstance(wish.partition, PartitionPlan), "resolve the wish first"
+    memory = memory_of(look, seen, _stages(look, num_ranks), count, schedule, wish)
     plan = make_plan(look.timeline, num_ranks, wish.partition, place, look.costs, count if schedule else None, memory)
     if not schedule:
         return plan
@@ -132,7 +154,7 @@ def _stages(look: Look, num_ranks: int) -> int:
     return min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
 
 
-def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Any:
+def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Memory:
     """What stages need on their devices.
 
     Args:
@@ -143,8 +165,6 @@ def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, w
         schedule: Says how many of them a stage holds at once; "" for evaluation.
         wish: Says what devices hold, and optimizers.
     """
-    from lightning_lwpm.partition.memory import Memory
-
     calls = look.timeline.calls
     weights = []
     for name, where in [*seen.parameters.items(), *seen.buffers.items()]:
