@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.executor import Executor
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.schedule import build, forward_only, place
+from lightning_lwpm.pipeline.schedule import Action, build, forward_only, place
 from lightning_lwpm.pipeline.shared import SharedGradients
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.pipeline.transport import Transport
@@ -99,6 +99,15 @@ class Engine:
     ) -> list[Any]:
         """Forward passes only. A stage does not wait for later ones, so consecutive batches overlap."""
         return self._run("", batch, forward, None, fetch, kind)
+
+    @property
+    def record(self) -> list[tuple[Action, float, float]] | None:
+        """Set it to a list to have every action of training added, with its begin and end: for a timeline's picture."""
+        return self.times.record
+
+    @record.setter
+    def record(self, record: list[tuple[Action, float, float]] | None) -> None:
+        self.times.record = record
 
     def row(self, schedule: str, count: int) -> Any:
         """This rank's actions for ``count`` micro-batches."""

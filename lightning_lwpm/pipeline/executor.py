@@ -87,8 +87,7 @@ class Executor:
                 else:
                     self._backward(item, outputs, backward)
                 if item.grad:
-                    busy = time.perf_counter() - began - (self.mailbox.waited - waited)
-                    self.times.add(action.stage, action.kind, busy)
+                    self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
         return outputs
 
     def _post_ahead(self, actions: Sequence[Action], position: int, items: Sequence[Item]) -> None:

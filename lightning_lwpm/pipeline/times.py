@@ -1,28 +1,47 @@
-"""What a rank measures of its own work: busy seconds of each action, waits left out."""
+"""What a rank measures of its own work: busy seconds of each action, waits left out.
+
+Seconds are those of the host. Copies into and out of messages count as work; on an accelerator they wait for the
+device, so that an action which sends or receives takes the device's time, and only the last stage's may lag behind.
+"""
 
 import statistics
 from collections import defaultdict, deque
 
+from lightning_lwpm.pipeline.schedule import Action
+
 __all__ = ["Times"]
 
-_KEPT = 64  # latest actions of each kind
+_KEPT = 64  # latest actions of each stage and kind
 
 
 class Times:
-    """Busy seconds of the latest actions of training, by stage and kind."""
+    """Busy seconds of the latest actions of training, by stage and kind.
+
+    Attributes:
+        record: If it is a list, every action of training is added to it with its begin and end
+            (``time.perf_counter()``, seconds, waits included).
+    """
 
     def __init__(self) -> None:
+        self.record: list[tuple[Action, float, float]] | None = None
         self._seconds: dict[tuple[int, str], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
-    def add(self, stage: int, kind: str, seconds: float) -> None:
+    def add(self, action: Action, begin: float, end: float, waited: float) -> None:
         """Note an action.
 
         Args:
-            stage: Its stage.
-            kind: "F", "B", ...
-            seconds: How long it took, without the time spent waiting for other ranks.
+            action: What was done.
+            begin: When it began (``time.perf_counter()``).
+            end: When it ended.
+            waited: Seconds of it spent waiting for other ranks.
         """
-        self._seconds[stage, kind].append(seconds)
+        self._seconds[action.stage, action.kind].append(end - begin - waited)
+        if self.record is not None:
+            self.record.append((action, begin, end))
+
+    def seconds(self, stage: int, kind: str) -> list[float]:
+        """Busy seconds of the latest actions of a stage and kind ("F", "B", ...), oldest first."""
+        return list(self._seconds.get((stage, kind), ()))
 
     def median(self, stage: int, kind: str) -> float | None:
         """The median of what is kept; ``None`` of what has not been done yet."""
@@ -32,3 +51,5 @@ class Times:
     def clear(self) -> None:
         """Begin anew."""
         self._seconds.clear()
+        if self.record is not None:
+            self.record = []
