@@ -30,9 +30,9 @@ from lightning_lwpm.training.processes import ProcessesStrategy
 from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import copies, gather, holders, move
-from lightning_lwpm.tuning.choose import Wish
 from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
+from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["LWPMStrategy"]
 

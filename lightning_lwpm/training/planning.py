@@ -22,11 +22,12 @@ from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.looking import STEPS, Onlooker
 from lightning_lwpm.tuning.cache import CostCache, environment
-from lightning_lwpm.tuning.choose import Choice, Wish, candidates, choose
+from lightning_lwpm.tuning.choose import Choice, candidates, choose
 from lightning_lwpm.tuning.link import measure_link
 from lightning_lwpm.tuning.profile import profile
 from lightning_lwpm.tuning.review import Review, StageTimes, review
 from lightning_lwpm.tuning.sized import Look
+from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["Planner"]
 

@@ -1,67 +1,26 @@
 """Chooses partition, number of micro-batches and schedule: each candidate is planned, run in thought, and compared."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.describe import Probe
-from lightning_lwpm.partition.memory import Memory
+from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
-from lightning_lwpm.partition.planfile import load_plan
 from lightning_lwpm.pipeline.schedule import SCHEDULES, place
-from lightning_lwpm.tuning.predict import in_flight, predict
+from lightning_lwpm.tuning.needs import memory_of, stages_of
+from lightning_lwpm.tuning.predict import predict
+from lightning_lwpm.tuning.refusal import refusal
 from lightning_lwpm.tuning.sized import Look, at
+from lightning_lwpm.tuning.wish import Wish
 
-__all__ = ["Choice", "Wish", "choose"]
+__all__ = ["Choice", "candidates", "choose", "planned"]
 
 _AS_GOOD = 1.03
 """Fewer micro-batches are preferred where they cost no more than this times the best."""
 
 _FASTER = 1.01
 """1F1B, which holds the fewest activations, comes first; another schedule must be faster by a hundredth."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asked for, and what there is.
-
-    Args:
-        partition: "auto", the layers that begin stages, the path of a plan, or a plan.
-        num_microbatches: A number, or "auto".
-        schedule: A name, or "auto".
-        limits: Bytes of each rank's device; infinite where there is no limit.
-        state_factor: Bytes of optimizer state for each byte of trained parameters.
-    """
-
-    partition: str | Sequence[str] | PartitionPlan = "auto"
-    num_microbatches: int | Literal["auto"] = "auto"
-    schedule: str = "auto"
-    limits: tuple[float, ...] = ()
-    state_factor: float = 0.0
-
-    def resolved(self) -> "Wish":
-        """The same with the layers that a plan names, and what else it says where the user has left it open.
-
-        Raises:
-            ConfigurationError: if a plan's file cannot be used.
-        """
-        if isinstance(self.partition, PartitionPlan):
-            told = self.partition.prediction
-            cuts = [stage.begins for stage in self.partition.stages[1:]]
-            count, schedule = (told.num_microbatches, told.schedule) if told is not None else (None, None)
-        elif isinstance(self.partition, str) and self.partition != "auto":
-            file = load_plan(self.partition)
-            cuts, count, schedule = file.cuts, file.num_microbatches, file.schedule
-        else:
-            return self
-        return replace(
-            self,
-            partition=cuts,
-            num_microbatches=(count or "auto") if self.num_microbatches == "auto" else self.num_microbatches,
-            schedule=(schedule or "auto") if self.schedule == "auto" else self.schedule,
-        )
 
 
 @dataclass(frozen=True)
@@ -96,22 +55,24 @@ def choose(
         ConfigurationError: if nothing that the user allows fits the devices, or the partition cannot be made.
     """
     if not train:
-        return Choice(planned(looks[0], seen, num_ranks, wish, 1, ""), looks[0])
+        try:
+            return Choice(planned(looks[0], seen, num_ranks, wish, 1, ""), looks[0])
+        except NothingFits:
+            raise refusal(looks, seen, num_ranks, None, wish, 1, "") from None
     found: dict[int, Choice] = {}
-    refusal: ConfigurationError | None = None
-    for count in candidates(wish.num_microbatches, _stages(looks[0], num_ranks), samples):
+    schedules = sorted(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]
+    counts = candidates(wish.num_microbatches, stages_of(looks[0], num_ranks), samples)
+    for count in counts:
         look = at(looks, (samples or 1) / count)
-        for schedule in sorted(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]:
+        for schedule in schedules:
             try:
                 plan = planned(look, seen, num_ranks, wish, count, schedule)
-            except ConfigurationError as error:
-                refusal = refusal or error
+            except NothingFits:
                 continue
             if count not in found or _seconds(plan) * _FASTER < _seconds(found[count].plan):
                 found[count] = Choice(plan, look)
-    if not found:
-        assert refusal is not None
-        raise refusal
+    if not found:  # tell of what needs least: the smallest micro-batches, and the schedule that holds fewest of them
+        raise refusal(looks, seen, num_ranks, samples, wish, counts[-1], schedules[0])
     seconds = {count: _seconds(choice.plan) for count, choice in found.items()}
     best = min(seconds.values())
     chosen = found[next(count for count in seconds if seconds[count] <= best * _AS_GOOD)]
@@ -142,43 +103,11 @@ def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, sch
         ConfigurationError: if it does not fit the devices, or the partition cannot be made.
     """
     assert not isinstance(wish.partition, PartitionPlan), "resolve the wish first"
-    memory = memory_of(look, seen, _stages(look, num_ranks), count, schedule, wish)
+    memory = memory_of(look, seen, stages_of(look, num_ranks), count, schedule, wish)
     plan = make_plan(look.timeline, num_ranks, wish.partition, place, look.costs, count if schedule else None, memory)
     if not schedule:
         return plan
     return replace(plan, prediction=predict(plan, look.costs.link, schedule, count, look.costs.measured))
-
-
-def _stages(look: Look, num_ranks: int) -> int:
-    """Number of stages: one a rank, as long as there are places to cut."""
-    return min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
-
-
-def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Memory:
-    """What stages need on their devices.
-
-    Args:
-        look: The step at the size of its micro-batches.
-        seen: Where parameters and buffers are used, and their sizes.
-        stages: Number of stages.
-        count: Number of micro-batches.
-        schedule: Says how many of them a stage holds at once; "" for evaluation.
-        wish: Says what devices hold, and optimizers.
-    """
-    calls = look.timeline.calls
-    weights = []
-    for name, where in [*seen.parameters.items(), *seen.buffers.items()]:
-        values, gradient = seen.sizes[name]
-        weights.append((where, values + gradient * (1 + wish.state_factor)))
-    return Memory(
-        parameters=weights,
-        kept=[call.kept_bytes if schedule else 0 for call in calls],
-        boundary=look.timeline.boundary_bytes,
-        # at work on a call: what it takes, what it gives, and in the backward pass a new gradient of its weights
-        transient=[2 * call.passing_bytes + (call.parameter_bytes if schedule else 0) for call in calls],
-        in_flight=lambda stage, stages: in_flight(schedule, stages, count)[stage] if schedule else 1,
-        limits=[wish.limits[rank] for rank in place(stages)] if wish.limits else [math.inf] * stages,
-    )
 
 
 def _seconds(plan: PartitionPlan) -> float:

@@ -12,8 +12,9 @@ from lightning_lwpm.partition.costs import Costs
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_seconds
-from lightning_lwpm.tuning.choose import Wish, planned
+from lightning_lwpm.tuning.choose import planned
 from lightning_lwpm.tuning.sized import Look
+from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["Review", "StageTimes", "corrected", "review"]
 

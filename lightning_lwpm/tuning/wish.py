@@ -1,0 +1,51 @@
+"""What a user asks of a plan, and what there is to make it with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.partition.planfile import load_plan
+
+__all__ = ["Wish"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for, and what there is.
+
+    Args:
+        partition: "auto", the layers that begin stages, the path of a plan, or a plan.
+        num_microbatches: A number, or "auto".
+        schedule: A name, or "auto".
+        limits: Bytes of each rank's device; infinite where there is no limit.
+        state_factor: Bytes of optimizer state for each byte of trained parameters.
+    """
+
+    partition: str | Sequence[str] | PartitionPlan = "auto"
+    num_microbatches: int | Literal["auto"] = "auto"
+    schedule: str = "auto"
+    limits: tuple[float, ...] = ()
+    state_factor: float = 0.0
+
+    def resolved(self) -> "Wish":
+        """The same with the layers that a plan names, and what else it says where the user has left it open.
+
+        Raises:
+            ConfigurationError: if a plan's file cannot be used.
+        """
+        if isinstance(self.partition, PartitionPlan):
+            told = self.partition.prediction
+            cuts = [stage.begins for stage in self.partition.stages[1:]]
+            count, schedule = (told.num_microbatches, told.schedule) if told is not None else (None, None)
+        elif isinstance(self.partition, str) and self.partition != "auto":
+            file = load_plan(self.partition)
+            cuts, count, schedule = file.cuts, file.num_microbatches, file.schedule
+        else:
+            return self
+        return replace(
+            self,
+            partition=cuts,
+            num_microbatches=(count or "auto") if self.num_microbatches == "auto" else self.num_microbatches,
+            schedule=(schedule or "auto") if self.schedule == "auto" else self.schedule,
+        )
