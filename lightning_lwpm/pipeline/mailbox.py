@@ -22,9 +22,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from queue import SimpleQueue
 from typing import Any
-from weakref import WeakSet
 
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
+from lightning_lwpm.pipeline.forks import guard
 from lightning_lwpm.pipeline.packing import packed
 from lightning_lwpm.pipeline.sockets import keep_alive, own_address, shut
 from lightning_lwpm.pipeline.watch import explained
@@ -253,6 +253,13 @@ class Mailbox:
         self._shut(socket.SHUT_RD)
         self._join(_ECHO_SECONDS)
 
+    def let_go(self) -> None:
+        """In a forked child, which must not keep a dead rank's sockets open: close them, and send nothing."""
+        self._closing = True
+        for connection in self._peers.values():
+            with suppress(OSError):
+                connection.close()
+
     def _shut(self, how: int, last: bytes = b"") -> None:
         for target, connection in self._peers.items():
             with suppress(OSError, ValueError), self._locks[target]:
@@ -303,7 +310,7 @@ class Mailbox:
                 ) from None
             self._peers[pickle.loads(connection.recv_bytes())] = connection  # type: ignore[assignment]
         listener.close()
-        _open.add(self)
+        guard(self)
         for target, connection in self._peers.items():
             keep_alive(connection)
             self._locks[target] = threading.Lock()
@@ -425,19 +432,3 @@ class Mailbox:
             )
             print(f"{stuck}: {self.failure}", file=sys.stderr, flush=True)
             os._exit(1)
-
-
-_open: WeakSet[Mailbox] = WeakSet()
-
-
-def _after_fork() -> None:
-    """A child (such as a worker of a DataLoader) must not keep a dead rank's sockets open."""
-    for mailbox in list(_open):
-        mailbox._closing = True
-        for connection in mailbox._peers.values():
-            with suppress(OSError):
-                connection.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -1,5 +1,6 @@
 """The mailbox by itself: every wait ends when what it waits for cannot come any more."""
 
+import gc
 import os
 import threading
 import time
@@ -183,6 +184,27 @@ def test_a_forked_child_does_not_hide_a_death(pool: Any) -> None:
     assert ok and not died
     assert kind == "PipelineError" and text.startswith("rank 1 died without a word")
     assert seconds < 3
+
+
+def _garbage(rank: int, world: int) -> Any:
+    """What a trainer that has ended leaves: process groups that have been destroyed, in a reference cycle."""
+    mailbox, transport = connect(rank, world)
+    cycle: list[Any] = [mailbox, transport]
+    cycle.append(cycle)
+    mailbox.gather("end", None)
+    dist.destroy_process_group()
+    gc.collect()
+    del mailbox, transport, cycle
+    if (child := os.fork()) == 0:
+        gc.collect()  # crashed in the destructor of a group
+        os._exit(0)
+    enabled = gc.isenabled() and not gc.get_freeze_count()
+    return os.waitpid(child, 0)[1], enabled
+
+
+def test_a_forked_child_destroys_no_process_group(pool: Any) -> None:
+    """Found by DataLoader workers that crashed now and then, in a process that had trained before."""
+    assert pool.run(2, _garbage) == [(0, True)] * 2
 
 
 def _foreign(rank: int, world: int) -> Any:

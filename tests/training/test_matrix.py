@@ -16,10 +16,12 @@ def outcome(trainer: L.Trainer, module: L.LightningModule, **more: Any) -> dict[
     return {"weights": weights(module), "metrics": metrics(trainer), "steps": trainer.global_step, **more}
 
 
-def fit(kwargs: dict[str, Any], module: L.LightningModule, loader: Any = None, **more: Any) -> dict[str, Any]:
+def fit(
+    kwargs: dict[str, Any], module: L.LightningModule, loader: Any = None, validation: Any = None, **more: Any
+) -> dict[str, Any]:
     recorder = Recorder()
     trainer = L.Trainer(**{**kwargs, "max_epochs": 2, "logger": recorder, "log_every_n_steps": 1, **more})
-    trainer.fit(module, loader if loader is not None else train_loader(36), val_loader())
+    trainer.fit(module, loader if loader is not None else train_loader(36), validation or val_loader())
     return outcome(trainer, module, rows=recorder.rows)
 
 
@@ -129,6 +131,20 @@ def stream(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, Classifier(), DataLoader(Stream(), 8), max_epochs=1)
 
 
+def _with_workers(kwargs: dict[str, Any], persistent: bool) -> Any:
+    options = {"num_workers": 1, "multiprocessing_context": "fork", "persistent_workers": persistent}
+    module = seeded()
+    return fit(kwargs, module, train_loader(36, **options), DataLoader(data(20), 8, **options))
+
+
+def workers(kwargs: dict[str, Any]) -> Any:
+    return _with_workers(kwargs, persistent=False)
+
+
+def persistent_workers(kwargs: dict[str, Any]) -> Any:
+    return _with_workers(kwargs, persistent=True)
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
@@ -143,6 +159,8 @@ def stream(kwargs: dict[str, Any]) -> Any:
         dict_batches,
         two_loaders,
         stream,
+        workers,
+        persistent_workers,
     ],
 )
 @pytest.mark.parametrize("world", [2, 3])
