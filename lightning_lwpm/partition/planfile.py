@@ -38,7 +38,8 @@ _HEAD = """\
 _CUTS = (
     "# The layers with which stages 1, 2, ... begin; stage 0 begins by itself. name@1 is the second call of a layer."
 )
-_STAGES = "# For reading only. Times are of one micro-batch{nominal}; bytes_onward are what it sends to later stages."
+_STAGES = """\
+# For reading only. bytes_onward are what a micro-batch sends to later stages; times are of one micro-batch{nominal}."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _text(plan: PartitionPlan) -> str:
             "all_calls": sum(len(stage.calls) for stage in plan.stages),
         }
     stages = [_stage(stage, layers) for stage, layers in zip(plan.stages, plan.layers(), strict=True)]
-    nominal = "" if told is not None and told.measured else ", on a nominal machine: nothing was measured"
+    nominal = "" if told is not None and told.measured else "\n# on a nominal machine, as nothing was measured"
     return "\n".join(
         [
             _HEAD,

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_lwpm.errors import ConfigurationError
-from lightning_lwpm.partition.plan import PartitionPlan, Prediction, StagePlan
+from lightning_lwpm.partition.plan import PartitionPlan, Prediction, StagePlan, make_plan
 from lightning_lwpm.partition.planfile import PlanFile, load_plan, save_plan
+from lightning_lwpm.partition.timeline import LayerCall, Timeline
 
 
 def plan_of(*stages, prediction=None, devices=None):
@@ -62,7 +63,9 @@ def test_the_file_is_read_by_people_and_by_programs(tmp_path):
 
 def test_a_plan_without_prediction_says_that_nothing_was_measured(tmp_path):
     save_plan(plan_of([("a", 0)], [("b", 0)], devices=4), tmp_path / "plan.yaml")
-    assert "nothing was measured" in (tmp_path / "plan.yaml").read_text(encoding="utf-8")
+    assert "\n# on a nominal machine, as nothing was measured.\nstages:" in (tmp_path / "plan.yaml").read_text(
+        encoding="utf-8"
+    )
     assert load_plan(tmp_path / "plan.yaml") == PlanFile(["b"], devices=4)
 
 
@@ -92,6 +95,18 @@ def test_what_is_written_is_read_back(tmp_path_factory, calls, told, devices):
     else:
         count, schedule = (told.num_microbatches, told.schedule) if told else (None, None)
         assert load_plan(path) == PlanFile(begins, count, schedule, devices)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+def test_a_model_cut_by_the_file_of_its_plan_has_the_same_plan(tmp_path, ranks):
+    calls = tuple(
+        LayerCall(name, k, 1e6, 1e4, 4000, 1000)
+        for name, k in [("a", 0), ("tower.x", 0), ("tower.y", 0), ("b", 0), ("tower.x", 1), ("tower.y", 1), ("c", 0)]
+    )
+    line = Timeline(calls, (0, *[2048] * 6), (True,) * 7)
+    plan = make_plan(line, ranks, "auto", list(reversed(range(ranks))))
+    save_plan(plan, tmp_path / "plan.yaml")
+    assert make_plan(line, ranks, load_plan(tmp_path / "plan.yaml").cuts, list(reversed(range(ranks)))) == plan
 
 
 @pytest.mark.parametrize(
