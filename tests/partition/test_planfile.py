@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lwpm.errors import ConfigurationError
@@ -83,6 +83,7 @@ CALLS = st.lists(st.tuples(NAMES, st.integers(0, 3)), min_size=1, max_size=8, un
 TOLD = st.builds(Prediction, st.integers(1, 512), st.sampled_from(["1f1b", "gpipe"]), st.just(1.0), st.just(0.5))
 
 
+@settings(deadline=None)  # files, on a machine that may be busy
 @given(calls=CALLS, told=st.none() | TOLD, devices=st.integers(8, 64))
 def test_what_is_written_is_read_back(tmp_path_factory, calls, told, devices):
     plan = plan_of(*([call] for call in calls), prediction=told, devices=devices)
@@ -160,6 +161,7 @@ def test_what_the_user_wrote_is_quoted(tmp_path, text, messages):
     assert all(message in str(error.value) for message in [repr(str(path)), *messages]), str(error.value)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.text("cuts:[]{}-?&*!|>'\"%@ \n#,a1"))
 def test_any_text_is_a_plan_or_a_clear_error(tmp_path_factory, text):
     path = written(tmp_path_factory.getbasetemp(), text)
