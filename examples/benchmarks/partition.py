@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import partition_memory
 from partition_models import CASES
 from partition_runs import METHODS, Outcome, compare
 from ranks import run
@@ -186,6 +187,13 @@ def main() -> None:
     console = Console()
     rows: list[Row] = []
     for model in track(args.models, "models", console=Console(stderr=True)):
+        if args.memory:
+            console.print(
+                partition_memory.table_of(
+                    CASES[model].title, run(max(args.stages), partition_memory.measure, model, args)[0]
+                )
+            )
+            continue
         outcomes = run(max(args.stages), compare, model, args)[0]
         found = [row for outcome in outcomes for row in rows_of(model, outcome)]
         console.print(table_of(CASES[model].title, found))
