@@ -1,7 +1,7 @@
 """Runs a step under the pipeline's engine without Lightning, and the same on one device, to compare."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,26 @@ def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Tran
 
 
 def engine(
-    rank: int, world: int, model: nn.Module, step: Step, sample: Any, partition: Any = "auto", schedule: str = "1f1b"
+    rank: int,
+    world: int,
+    model: nn.Module,
+    step: Step,
+    sample: Any,
+    partition: Any = "auto",
+    schedule: str = "1f1b",
+    placement: Sequence[int] | None = None,
 ) -> Engine:
-    """An engine for ``model`` over ``world`` ranks, which all build the same model."""
+    """An engine for ``model`` over ``world`` ranks, which all build the same model.
+
+    With a ``placement`` (the rank of each stage) there is a stage for each of its entries, as far as there are layers.
+    """
     mailbox, transport = connect(rank, world)
     seen = probe(model, lambda: step(model, sample))
-    plan = make_plan(seen.timeline, world, partition, place_stages)
+    plan = make_plan(seen.timeline, len(placement or range(world)), partition, place_stages)
     layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
-    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule)
-    place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stage)
+    placement = placement[: layout.num_stages] if placement is not None else None
+    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule, placement=placement)
+    place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stages)
     return built
 
 
@@ -60,12 +71,13 @@ def train_pipelined(
     schedule: str = "1f1b",
     partition: Any = "auto",
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    placement: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
     torch.manual_seed(0)
     model = build()
     sample = Batch.of(batches[0], num_microbatches).microbatch(0)
-    run = engine(rank, world, model, step, sample, partition, schedule)
+    run = engine(rank, world, model, step, sample, partition, schedule, placement)
     optim = optimizer(model.parameters()) if optimizer else None
     losses: list[list[float]] = []
     gradients: list[dict[str, torch.Tensor]] = []
@@ -88,7 +100,7 @@ def train_pipelined(
         if optim:
             optim.step()
     held = {n: p.detach().clone() for n, p in model.named_parameters() if type(p.detach()) is torch.Tensor}
-    owned = {n for n, stages in run.layout.buffers.items() if run.stage in stages}
+    owned = {n for n, stages in run.layout.buffers.items() if set(run.stages) & set(stages)}
     buffers = {n: b.clone() for n, b in model.named_buffers() if type(b) is torch.Tensor}
     run.mailbox.gather("end", None)
     run.mailbox.close()
@@ -100,6 +112,7 @@ def train_pipelined(
         "own_buffers": owned,
         "layout": run.layout,
         "stage": run.stage,
+        "stages": run.stages,
         "last": run.last,
     }
 

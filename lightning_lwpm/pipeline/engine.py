@@ -1,26 +1,39 @@
 """The pipeline of one rank: schedule, executor and exchange put together, for whoever brings batches and a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lwpm.pipeline.exchange import Exchange, Item
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.exchange import Item, exchanges
 from lightning_lwpm.pipeline.executor import Executor
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.schedule import Action, build, forward_only, place
+from lightning_lwpm.pipeline.postings import Postings
+from lightning_lwpm.pipeline.schedule import (
+    FORWARD_ONLY,
+    SCHEDULES,
+    Action,
+    Table,
+    build,
+    forward_only,
+    list_schedule,
+    place,
+)
 from lightning_lwpm.pipeline.shared import SharedGradients
+from lightning_lwpm.pipeline.simulate import Message, channels
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.versions import Versions
 
 __all__ = ["Engine"]
 
 
 class Engine:
-    """Trains and evaluates a model of which this rank runs one stage.
+    """Trains and evaluates a model of which this rank runs some stages.
 
     Args:
         mailbox: The control connections.
@@ -30,10 +43,17 @@ class Engine:
         device: This rank's device.
         schedule: Name of the schedule for training.
         serial: Number of the first micro-batch; what follows another engine on the same links counts on.
+        placement: The rank of each stage; by default one stage a rank, the last one on rank 0.
 
     Attributes:
         times: What this rank has measured of its own work.
-        stage: This rank's stage; ``None`` where there are fewer stages than ranks and this rank has none.
+        ranks: The rank of each stage.
+        stages: The stages of this rank, ascending; none where there are fewer stages than ranks.
+        stage: The first of them, or ``None``.
+        last: Whether this rank runs the last stage.
+
+    Raises:
+        ConfigurationError: if the placement does not fit the stages and the ranks.
     """
 
     def __init__(
@@ -45,30 +65,44 @@ class Engine:
         device: torch.device,
         schedule: str = "1f1b",
         serial: int = 0,
+        placement: Sequence[int] | None = None,
     ) -> None:
         self.mailbox, self.layout, self.device, self.schedule = mailbox, layout, device, schedule
-        self.ranks = place(layout.num_stages)
-        self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else None
-        self.last = self.stage == layout.num_stages - 1
+        self.ranks = _ranks(placement, layout.num_stages, mailbox.world)
+        self.stages = tuple(stage for stage, rank in enumerate(self.ranks) if rank == mailbox.rank)
+        self.stage = self.stages[0] if self.stages else None
+        self.last = layout.num_stages - 1 in self.stages
         mailbox.introduce(self.ranks)
         self.serial = serial
         self.times = Times()
-        self._tables: dict[tuple[str, int], list[Any]] = {}
-        seed = mailbox.broadcast("engine seed", torch.initial_seed(), what="the seed")
         self.executor: Executor | None = None
         self.shared: SharedGradients | None = None
-        if self.stage is None:
-            return
-        exchange = None
+        self._tables: dict[tuple[str, int], Table] = {}
+        self._orders: dict[tuple[str, int], dict[int, list[Message]]] = {}
+        self._postings = Postings()
+        self._versions = Versions(root, layout, self.stages)
+        found = {}
         units: list[Any] = []
-        if layout.num_stages > 1:
+        if self.stages and layout.num_stages > 1:
             assert transport is not None
-            exchange = Exchange(mailbox, transport, self.stage, self.ranks, device)
+            found = exchanges(mailbox, transport, self._postings, self.stages, self.ranks, device)
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
-            self.shared = SharedGradients(mailbox, transport, root, layout, self.stage, self.ranks)
-        self.executor = Executor(
-            mailbox, exchange, self.stage, layout.num_stages, units, device, seed + serial, self.times
-        )
+            self.shared = SharedGradients(mailbox, transport, root, layout, self.ranks)
+        # from here on every rank answers for this engine's stages, and nobody asks those of an engine before
+        seed = mailbox.gather("engine", torch.initial_seed(), "all ranks to begin")[0] + serial
+        if self.stages:
+            self.executor = Executor(
+                mailbox,
+                found,
+                self._postings,
+                self.stages,
+                layout.num_stages,
+                units,
+                self._versions,
+                device,
+                seed,
+                self.times,
+            )
 
     def train(
         self,
@@ -109,14 +143,42 @@ class Engine:
     def record(self, record: list[tuple[Action, float, float]] | None) -> None:
         self.times.record = record
 
-    def row(self, schedule: str, count: int) -> Any:
+    @property
+    def at_last(self) -> bool:
+        """In a step: whether it is run for the last stage, to the loss."""
+        return self.executor is not None and self.executor.at_last
+
+    @property
+    def summed(self) -> frozenset[str]:
+        """The parameters held here of which the gradient is summed over ranks after the schedule."""
+        return self.shared.names if self.shared is not None else frozenset()
+
+    def row(self, schedule: str, count: int) -> list[Action]:
         """This rank's actions for ``count`` micro-batches."""
+        table = self._table(schedule, count)
+        return table[self.mailbox.rank] if self.stages else []
+
+    def _table(self, schedule: str, count: int) -> Table:
         key = (schedule, count)
         if key not in self._tables:
             stages = self.layout.num_stages
-            table = build(schedule, stages, count, stages) if schedule else forward_only(stages, count, stages)
-            self._tables[key] = table[self.mailbox.rank] if self.stage is not None else []
+            if self.ranks == place(stages):
+                table = build(schedule, stages, count, stages) if schedule else forward_only(stages, count, stages)
+            else:
+                policy = SCHEDULES[schedule] if schedule else FORWARD_ONLY
+                table = list_schedule(policy, stages, count, self.ranks)
+            self._tables[key] = table
         return self._tables[key]
+
+    def _received(self, schedule: str, count: int) -> dict[int, list[Message]]:
+        """By rank, what it sends to this one, in order."""
+        key = (schedule, count)
+        if key not in self._orders:
+            stages = self.layout.num_stages
+            edges = [(producer, consumer) for consumer in range(stages) for producer in range(consumer)]
+            sent = channels(self._table(schedule, count), self.ranks, edges)
+            self._orders[key] = {source: sent[source, to] for source, to in sent if to == self.mailbox.rank}
+        return self._orders[key]
 
     def _run(self, schedule: str, batch: Batch, forward: Any, backward: Any, fetch: Any, kind: str) -> list[Any]:
         count = len(batch)
@@ -141,12 +203,25 @@ class Engine:
             for i in range(count)
         ]
 
-        def microbatch(i: int) -> Any:
-            return batch.microbatch(i, self.device, executor.step)
+        def microbatch(stage: int, i: int) -> Any:
+            return batch.microbatch(i, self.device, executor.step, private=stage != self.stages[-1])
 
         done = (lambda i, out: backward(out, i)) if backward is not None else None
-        outputs = executor.run(self.row(schedule, count), items, microbatch, forward, done)
+        row = self.row(schedule, count)
+        self._postings.begin(row, self._received(schedule, count), items)
+        with self._versions.batch():
+            outputs = executor.run(row, items, microbatch, forward, done)
         if backward is not None and self.shared is not None:
             with executor.guarded("the sum of shared gradients"):
                 self.shared.sum()
         return outputs
+
+
+def _ranks(placement: Sequence[int] | None, num_stages: int, world: int) -> list[int]:
+    """The rank of each stage."""
+    ranks = list(placement) if placement is not None else place(num_stages)
+    if len(ranks) != num_stages:
+        raise ConfigurationError(f"placement={ranks} places {len(ranks)} stage(s), but there are {num_stages}")
+    if not all(0 <= rank < world for rank in ranks):
+        raise ConfigurationError(f"placement={ranks}: ranks go from 0 to {world - 1}")
+    return ranks

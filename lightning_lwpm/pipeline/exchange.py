@@ -9,41 +9,27 @@ from lightning_lwpm.pipeline.flight import Desk, Item
 from lightning_lwpm.pipeline.inbox import Inbox, Peers
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.outbox import Outbox
+from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.step import StagedStep
 
-__all__ = ["Exchange", "Item"]
+__all__ = ["Exchange", "Item", "exchanges"]
 
 
 class Exchange:
     """The dealings of one stage.
 
     Args:
-        mailbox: For requests and answers.
         transport: For data.
-        stage: This rank's stage.
-        ranks: The rank of each stage.
+        postings: The order of this rank's receives.
+        desk: The stage's desk.
         device: Where tensors of this stage live.
-        lookahead: How many micro-batches ahead receives are posted.
     """
 
-    def __init__(
-        self,
-        mailbox: Mailbox,
-        transport: Transport,
-        stage: int,
-        ranks: Sequence[int],
-        device: torch.device,
-        lookahead: int = 2,
-    ) -> None:
-        self.desk = Desk(mailbox, stage, ranks)
-        self.inbox = Inbox(self.desk, transport, device)
-        self.outbox = Outbox(self.desk, transport, device)
-        self.lookahead = lookahead
-
-    def post(self, items: Sequence[Item]) -> None:
-        """Post receives for the micro-batches whose forwards come next."""
-        self.inbox.post(items)
+    def __init__(self, transport: Transport, postings: Postings, desk: Desk, device: torch.device) -> None:
+        self.desk = desk
+        self.inbox = Inbox(desk, transport, postings, device)
+        self.outbox = Outbox(desk, transport, postings, device)
 
     def open(self, item: Item) -> Peers:
         """Begin a forward: wait for what was agreed."""
@@ -60,7 +46,10 @@ class Exchange:
             self.outbox.publish(desk.flights[item.serial], step)
         if not item.grad:
             for producer in range(desk.stage):
-                desk.mailbox.post(desk.ranks[producer], "?forward-done", item.serial, desk.stage)
+                if producer in desk.here:
+                    desk.here[producer].evaluated(item.serial, desk.stage)
+                else:
+                    desk.request(producer, "forward-done", item.serial, desk.stage)
             if desk.last:
                 with desk.lock:
                     del desk.flights[item.serial]
@@ -74,3 +63,28 @@ class Exchange:
         self.inbox.return_gradients(self.desk.flights[item.serial])
         with self.desk.lock:
             del self.desk.flights[item.serial]
+
+
+def exchanges(
+    mailbox: Mailbox,
+    transport: Transport,
+    postings: Postings,
+    stages: Sequence[int],
+    ranks: Sequence[int],
+    device: torch.device,
+) -> dict[int, Exchange]:
+    """The dealings of each stage of a rank.
+
+    Args:
+        mailbox: For requests and answers.
+        transport: For data.
+        postings: The order of this rank's receives.
+        stages: The stages of this rank.
+        ranks: The rank of each stage.
+        device: Where tensors of these stages live.
+    """
+    desks: dict[int, Desk] = {}
+    for stage in stages:
+        Desk(mailbox, stage, ranks, desks)
+    postings.exchanges = {stage: Exchange(transport, postings, desk, device) for stage, desk in desks.items()}
+    return postings.exchanges

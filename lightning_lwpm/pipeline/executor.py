@@ -1,7 +1,7 @@
 """Runs one rank's row of a schedule's table: nothing here knows which schedule it is."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,53 +11,62 @@ from torch import nn
 from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random
 from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.staging.versions import Versions
 
 __all__ = ["Executor"]
 
 
 class Executor:
-    """Executes the actions of one stage.
+    """Executes the actions of this rank's stages.
 
     Args:
         mailbox: Where failures are told and heard.
-        exchange: The stage's dealings with the others; ``None`` where there is only one stage.
-        stage: This rank's stage.
+        exchanges: The dealings of each stage with the others; empty where there is only one stage.
+        postings: The order of this rank's receives.
+        stages: The stages of this rank.
         num_stages: Number of stages.
         units: The units of the layout, with their modules.
-        device: Where this stage computes.
+        versions: What each stage has a version of its own of.
+        device: Where these stages compute.
         seed: Of Python's and NumPy's generators, alike on all ranks.
         times: Where the work of training is noted.
+
+    Attributes:
+        step: The run of the user's step that is under way.
+        at_last: Whether it is, or was, one of the last stage, which runs to the loss.
     """
 
     def __init__(
         self,
         mailbox: Mailbox,
-        exchange: Exchange | None,
-        stage: int,
+        exchanges: Mapping[int, Exchange],
+        postings: Postings,
+        stages: Sequence[int],
         num_stages: int,
         units: Sequence[tuple[Unit, nn.Module]],
+        versions: Versions,
         device: torch.device,
-        seed: int = 0,
-        times: Times | None = None,
+        seed: int,
+        times: Times,
     ) -> None:
-        self.mailbox, self.exchange, self.stage, self.device, self.seed = mailbox, exchange, stage, device, seed
-        self.last = stage == num_stages - 1
-        self.times = times or Times()
-        self.num_stages = num_stages
-        self.units = list(units)
-        self.random = TorchRandom(seed, stage, device)
+        self.mailbox, self.exchanges, self.postings = mailbox, exchanges, postings
+        self.num_stages, self.units, self.versions = num_stages, list(units), versions
+        self.device, self.seed, self.times = device, seed, times
+        self.random = {stage: TorchRandom(seed, stage, device) for stage in stages}
         self.step: StagedStep | None = None
+        self.at_last = False
 
     def run(
         self,
         actions: Sequence[Action],
         items: Sequence[Item],
-        microbatch: Callable[[int], Any],
+        microbatch: Callable[[int, int], Any],
         forward: Callable[[Any, int], Any],
         backward: Callable[[int, Any], None] | None = None,
     ) -> list[Any]:
@@ -66,12 +75,12 @@ class Executor:
         Args:
             actions: This rank's row of the table.
             items: The micro-batches, by number.
-            microbatch: Makes a micro-batch, by number.
+            microbatch: Makes a micro-batch, by stage and number.
             forward: Runs the user's step on a micro-batch of a number.
             backward: On the last stage, runs the backward pass from what ``forward`` returned.
 
         Returns:
-            What ``forward`` returned for each micro-batch; ``None`` where the step left before its end.
+            What ``forward`` returned on the last stage for each micro-batch; ``None`` elsewhere.
 
         Raises:
             PipelineError: if this or any other rank failed; the same message on every rank.
@@ -81,52 +90,56 @@ class Executor:
             with self.guarded(action):
                 item = items[action.microbatch]
                 began, waited = time.perf_counter(), self.mailbox.waited
+                self.postings.ahead(position)
                 if action.kind == "F":
-                    self._post_ahead(actions, position, items)
-                    outputs[action.microbatch] = self._forward(item, microbatch, forward)
+                    out = self._forward(action.stage, item, microbatch, forward)
+                    if self.at_last:
+                        outputs[action.microbatch] = out
                 else:
-                    self._backward(item, outputs, backward)
+                    with self.versions.of(action.stage):
+                        self._backward(action.stage, item, outputs, backward)
                 if item.grad:
                     self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
         return outputs
 
-    def _post_ahead(self, actions: Sequence[Action], position: int, items: Sequence[Item]) -> None:
-        """Post the receives of the next forwards, this one included, in the order in which they are sent."""
-        if self.exchange is not None:
-            ahead = [items[a.microbatch] for a in actions[position:] if a.kind == "F"]
-            self.exchange.post(ahead[: 1 + self.exchange.lookahead])
-
-    def _forward(self, item: Item, microbatch: Callable[[int], Any], forward: Callable[[Any, int], Any]) -> Any:
+    def _forward(
+        self, stage: int, item: Item, microbatch: Callable[[int, int], Any], forward: Callable[[Any, int], Any]
+    ) -> Any:
         number = item.microbatch
-        if self.exchange is None:
+        self.at_last = stage == self.num_stages - 1
+        if not self.exchanges:
             with python_random(self.seed, item.serial):
-                return forward(microbatch(number), number)
+                return forward(microbatch(stage, number), number)
+        exchange = self.exchanges[stage]
         if not item.grad:
-            self.exchange.wait_for_room(2 * self.num_stages + 2)
-        peers = self.exchange.open(item)
-        self.step = StagedStep(self.stage, self.last, self.units, peers, self.device)
+            exchange.wait_for_room(2 * self.num_stages + 2)
+        peers = exchange.open(item)
+        self.step = StagedStep(stage, self.at_last, self.units, peers, self.device)
         try:
-            value = microbatch(number)
-            with python_random(self.seed, item.serial), self.random.drawn():
+            value = microbatch(stage, number)
+            with python_random(self.seed, item.serial), self.random[stage].drawn(), self.versions.of(stage):
                 out = self.step.run(lambda: forward(value, number))
-            self.exchange.publish(item, self.step)
+            exchange.publish(item, self.step)
         finally:
             self.step.close()
             self.step = None
         return out
 
-    def _backward(self, item: Item, outputs: list[Any], backward: Callable[[int, Any], None] | None) -> None:
-        if self.last:
+    def _backward(
+        self, stage: int, item: Item, outputs: list[Any], backward: Callable[[int, Any], None] | None
+    ) -> None:
+        exchange = self.exchanges.get(stage)
+        if stage == self.num_stages - 1:
             assert backward is not None
             backward(item.microbatch, outputs[item.microbatch])
         else:
-            assert self.exchange is not None
-            tensors, gradients = self.exchange.gradients(item)
+            assert exchange is not None
+            tensors, gradients = exchange.gradients(item)
             if tensors:
                 torch.autograd.backward(tensors, gradients)
             del tensors, gradients
-        if self.exchange is not None:
-            self.exchange.return_gradients(item)
+        if exchange is not None:
+            exchange.return_gradients(item)
 
     @contextmanager
     def guarded(self, action: Action | str) -> Any:
@@ -135,12 +148,12 @@ class Executor:
             yield
         except Exception as error:
             heard = self.mailbox.failure
-            failure = self.mailbox.failed(action if isinstance(action, str) else _tell(action), error)
+            failure = self.mailbox.failed(action if isinstance(action, str) else self._tell(action), error)
             if heard is not None and isinstance(error, LWPMError):
                 raise
             raise failure from error
 
-
-def _tell(action: Action) -> str:
-    names = {"F": "forward", "B": "backward"}
-    return f"{names.get(action.kind, action.kind)} of micro-batch {action.microbatch}"
+    def _tell(self, action: Action) -> str:
+        names = {"F": "forward", "B": "backward"}
+        stage = f" in stage {action.stage}" if len(self.random) > 1 else ""
+        return f"{names.get(action.kind, action.kind)} of micro-batch {action.microbatch}{stage}"

@@ -1,7 +1,7 @@
 """A micro-batch between its forward and its backward, as one stage holds it."""
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_lwpm.pipeline.transport import Receive
 from lightning_lwpm.staging.record import Trace
 from lightning_lwpm.staging.remote import Meta, Name
 
-__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell"]
+__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell", "way"]
 
 Layout = tuple[int, ...] | None
 """The strides of a gradient; ``None`` where there is no gradient."""
@@ -65,7 +65,9 @@ class Flight:
     retained: dict[Name, Tensor] = field(default_factory=dict)
     trace: Trace | None = None  # set once the forward has left
     pulls: list[tuple[int, Name]] = field(default_factory=list)
-    gradients: dict[int, list[tuple[Name, Meta, Receive]]] = field(default_factory=dict)
+    sent: dict[int, list[Entry]] = field(default_factory=dict)  # by consumer: what it sends a gradient for unasked
+    gradients: dict[int, list[Receive]] = field(default_factory=dict)  # by consumer, for each entry of ``sent``
+    handed: list[tuple[int, Name, Tensor]] = field(default_factory=list)  # gradients of stages on the same rank
     done: set[int] = field(default_factory=set)
 
 
@@ -74,29 +76,62 @@ class Desk:
 
     Args:
         mailbox: For requests and answers.
-        stage: This rank's stage.
+        stage: The stage.
         ranks: The rank of each stage.
+        here: The desks of all stages of this rank; this one joins them.
     """
 
-    def __init__(self, mailbox: Mailbox, stage: int, ranks: Sequence[int]) -> None:
-        self.mailbox, self.stage, self.ranks = mailbox, stage, list(ranks)
+    def __init__(self, mailbox: Mailbox, stage: int, ranks: Sequence[int], here: "dict[int, Desk]") -> None:
+        self.mailbox, self.stage, self.ranks, self.here = mailbox, stage, list(ranks), here
         self.last = stage == len(ranks) - 1
         self.lock = threading.RLock()
         self.flights: dict[int, Flight] = {}
+        self.room = threading.Event()
+        here[stage] = self
+
+    def away(self, stages: Iterable[int]) -> list[int]:
+        """Those of some stages that are on other ranks."""
+        return [stage for stage in stages if self.ranks[stage] != self.mailbox.rank]
+
+    @property
+    def final(self) -> bool:
+        """Whether this is the latest stage of its rank: what a rank has only once may change in its hands."""
+        return self.stage == max(self.here)
+
+    def evaluated(self, serial: int, stage: int) -> None:
+        """In evaluation, a later stage is done with a micro-batch; what all are done with is let go of."""
+        with self.lock:
+            flight = self.flights.get(serial)
+            if flight is None:
+                return
+            flight.done.add(stage)
+            if len(flight.done) == len(self.ranks) - 1 - self.stage:
+                del self.flights[serial]
+                self.room.set()
+
+    # A request names the stage that it is for in its kind, so that each stage of a rank has handlers of its own.
+
+    def handle(self, kind: str, handler: Callable[[int, Any, Any], None]) -> None:
+        """Let ``handler(source, key, payload)`` answer the requests of a kind that are for this stage."""
+        self.mailbox.handle(f"?{kind} {self.stage}", handler)
+
+    def request(self, stage: int, kind: str, key: Any, payload: Any = None) -> None:
+        """Post a request for another stage."""
+        self.mailbox.post(self.ranks[stage], f"?{kind} {stage}", key, payload)
 
     def ask(self, stage: int, kind: str, item: Item, payload: Any, what: str) -> Any:
         """Ask another stage and wait for its answer."""
         key = (item.serial, kind, self.stage)
-        self.mailbox.post(self.ranks[stage], f"?{kind}", key, payload)
+        self.request(stage, kind, key, payload)
         return self.mailbox.take("answer", (*key, stage), what)
 
-    def answer(self, source: int, key: Any, payload: Any) -> None:
-        """Answer what a rank has asked.
+    def answer(self, key: Any, payload: Any) -> None:
+        """Answer what a stage has asked.
 
         An answer passes through the answering thread of who asked, which so learns what both ends must know in the
         order in which it was said.
         """
-        self.mailbox.post(source, "?answer", (*key, self.stage), payload)
+        self.request(key[2], "answer", (*key, self.stage), payload)
 
     def says(self, what: str, item: Item, name: Name | None, stage: int) -> str:
         """What is waited for, for people."""
@@ -135,6 +170,11 @@ def join(arrival: Arrival, grad: bool) -> Tensor:
 def count(meta: Meta) -> int:
     """Number of elements."""
     return meta.nbytes // meta.dtype.itemsize
+
+
+def way(source: int, target: int) -> str:
+    """The direction of what one rank sends to another: each has links of its own, whatever the stages are."""
+    return "down" if source > target else "up"
 
 
 def tell(name: Name) -> str:

@@ -3,11 +3,15 @@
 before F    wait for what was agreed with each earlier stage, and for the word that nothing was
 in F        first touch: ask the producer (it keeps everything until its own backward); agree that it is sent
 after B     send the gradients of what was used, in the layout that the producer has been told
+
+An earlier stage of the same rank has left its forward on this very thread: its tensors are passed on as they are,
+detached, and their gradients handed back.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +19,13 @@ from torch import Tensor
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell
+from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell, way
+from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Receive, Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
 from lightning_lwpm.staging.record import Key, Record, Trace
-from lightning_lwpm.staging.remote import Name, Remote
+from lightning_lwpm.staging.remote import Meta, Name, Remote
+from lightning_lwpm.staging.tree import duplicate
 
 __all__ = ["Inbox", "Peers"]
 
@@ -46,51 +52,57 @@ class Inbox:
     Args:
         desk: Shared with the sending side.
         transport: For data.
+        postings: The order of receives.
         device: Where tensors of this stage live.
     """
 
-    def __init__(self, desk: Desk, transport: Transport, device: torch.device) -> None:
-        self.desk, self.transport, self.device = desk, transport, device
-        self.producers = range(desk.stage)
+    def __init__(self, desk: Desk, transport: Transport, postings: Postings, device: torch.device) -> None:
+        self.desk, self.transport, self.postings, self.device = desk, transport, postings, device
+        self.producers = desk.away(range(desk.stage))
         self._known: dict[tuple[int, Hashable], _Known] = defaultdict(_Known)
-        self._agreed = [Agreement() for _ in self.producers]
-        self._posted = [-1 for _ in self.producers]
+        self._agreed = {producer: Agreement() for producer in self.producers}
+        self._posted = dict.fromkeys(self.producers, -1)
         self._receives: dict[tuple[int, int], list[tuple[Entry, Receive]]] = {}
         self._told: dict[tuple[int, Hashable, Name], Layout] = {}
-        desk.mailbox.handle("?changed", self._on_changed)
-        desk.mailbox.handle("?answer", self._on_answer)
+        desk.handle("changed", self._on_changed)
+        desk.handle("answer", self._on_answer)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def post(self, items: Sequence[Item]) -> None:
-        """Post receives for coming micro-batches as far as their signature is known, in order."""
-        for producer in self.producers:
-            with self.desk.lock:
-                for item in items:
-                    if item.serial > self._posted[producer] and not self._post(producer, item):
-                        break
+    def post(self, producer: int, item: Item, learn: bool) -> bool:
+        """Post the receives of a micro-batch from a producer.
 
-    def _post(self, producer: int, item: Item) -> bool:
+        Args:
+            producer: The stage that sends.
+            item: The micro-batch.
+            learn: Whether to wait, at a new signature, for word of what is sent.
+
+        Returns:
+            Whether it is known what is sent.
+        """
         if not self._known[producer, item.signature].learned:
-            return False
+            if not learn:
+                return False
+            self._learn(producer, item)
         rank = self.desk.ranks[producer]
-        self._receives[producer, item.serial] = [
-            (entry, self.transport.receive("down", rank, count(entry.meta), entry.meta.dtype))
-            for entry in self._agreed[producer].active(item.signature, item.serial)
-        ]
-        self._posted[producer] = item.serial
+        direction = way(rank, self.desk.mailbox.rank)
+        with self.desk.lock:
+            self._receives[producer, item.serial] = [
+                (entry, self.transport.receive(direction, rank, count(entry.meta), entry.meta.dtype))
+                for entry in self._agreed[producer].active(item.signature, item.serial)
+            ]
+            self._posted[producer] = item.serial
         return True
+
+    def _has_posted(self, producer: int, item: Item) -> bool:
+        return self._posted[producer] >= item.serial
 
     def open(self, item: Item) -> "Peers":
         """Wait until everything agreed for a micro-batch is here; what its step then asks goes to the result."""
         with self.desk.lock:
             flight = self.desk.flights.setdefault(item.serial, Flight(item))
         for producer in self.producers:
-            if not self._known[producer, item.signature].learned:
-                self._learn(producer, item)
-            with self.desk.lock:
-                if self._posted[producer] < item.serial:
-                    self._post(producer, item)
+            self.postings.until(self.desk.ranks[producer], partial(self._has_posted, producer, item))
         receives = {producer: self._receives.pop((producer, item.serial)) for producer in self.producers}
         flats = {producer: self._wait(producer, item, receives[producer]) for producer in self.producers}
         # now all earlier stages have left their forward, and told what has changed in it
@@ -102,13 +114,18 @@ class Inbox:
                 if meta_of(known, entry.name) == entry.meta:  # otherwise it changed meanwhile: what came is no data
                     tensor = from_wire(flat, entry.meta, self.device)
                     flight.arrivals[entry.name] = Arrival(entry.name, producer, tensor, entry.meta, pulled=False)
+        for stage, desk in self.desk.here.items():
+            if stage < self.desk.stage:
+                trace = desk.flights[item.serial].trace
+                assert trace is not None
+                flight.known[stage] = trace
         return Peers(self, flight)
 
     def _wait(self, producer: int, item: Item, receives: list[tuple[Entry, Receive]]) -> list[Tensor]:
         if producer == self.desk.stage - 1 and not any(count(entry.meta) for entry, _ in receives):
             # no data proves that the stage before has left its forward: it says so
             what = self.desk.says("end of forward", item, None, producer)
-            self.desk.mailbox.take("forward-left", item.serial, what)
+            self.desk.mailbox.take("forward-left", (item.serial, self.desk.stage), what)
         return [r.wait(self.desk.says("activation", item, e.name, producer)) for e, r in receives]
 
     def _learn(self, producer: int, item: Item) -> None:
@@ -120,7 +137,7 @@ class Inbox:
     def record(self, flight: Flight, stage: int, key: Key) -> Record:
         """What a call of an earlier stage returned."""
         record = flight.known[stage].get(key)
-        if record is None:
+        if record is None and stage not in self.desk.here:
             self._learn(stage, flight.item)
             with self.desk.lock:
                 flight.known[stage] = self._known[stage, flight.item.signature].advance(flight.item.serial)
@@ -138,11 +155,20 @@ class Inbox:
     def value(self, flight: Flight, remote: Remote) -> Tensor:
         """The data of a remote tensor, joined to the autograd graph."""
         if remote.stage < 0:
-            return flight.item.leaf(remote.label.leaf)
+            leaf = flight.item.leaf(remote.label.leaf)
+            return leaf if self.desk.final else duplicate(leaf)  # the step may change it in place
         arrival = flight.arrivals.get(remote.label)
         if arrival is None:
-            arrival = self._pull(flight, remote.label, remote.stage)
+            get = self._pass if remote.stage in self.desk.here else self._pull
+            arrival = flight.arrivals[remote.label] = get(flight, remote.label, remote.stage)
         return join(arrival, flight.item.grad)
+
+    def _pass(self, flight: Flight, name: Name, producer: int) -> Arrival:
+        """A tensor of a stage of this rank: not a copy, so that a change in place is noticed as on one device."""
+        tensor = self.desk.here[producer].flights[flight.item.serial].retained.get(name)
+        if tensor is None:
+            raise self._missing(flight, name, producer)
+        return Arrival(name, producer, tensor.detach(), Meta.of(tensor), pulled=False)
 
     def _pull(self, flight: Flight, name: Name, producer: int) -> Arrival:
         item = flight.item
@@ -151,36 +177,40 @@ class Inbox:
         what = self.desk.says("activation", item, name, producer)
         flat, meta = self.desk.ask(producer, "value", item, (name, posted), what)
         if flat is None:
-            raise PipelineError(
-                f"{tell(name)} is needed by stage {self.desk.stage} but was not made by stage {producer} for "
-                f"micro-batch {item.microbatch}: the step took another path on different ranks"
-            )
-        arrival = Arrival(name, producer, from_wire(flat, meta, self.device), meta, pulled=True)
-        flight.arrivals[name] = arrival
-        return arrival
+            raise self._missing(flight, name, producer)
+        return Arrival(name, producer, from_wire(flat, meta, self.device), meta, pulled=True)
+
+    def _missing(self, flight: Flight, name: Name, producer: int) -> PipelineError:
+        return PipelineError(
+            f"{tell(name)} is needed by stage {self.desk.stage} but was not made by stage {producer} for "
+            f"micro-batch {flight.item.microbatch}: the step took another path on different ranks"
+        )
 
     # -- backward ------------------------------------------------------------------------------------------------
 
     def return_gradients(self, flight: Flight) -> None:
-        """Send the gradients of what was received to its producers."""
+        """Send the gradients of what was received to its producers, in the order of the stages."""
         item, desk = flight.item, self.desk
-        for producer in reversed(self.producers):
+        for arrival in flight.arrivals.values():
+            if arrival.stage in desk.here and arrival.gradient is not None:
+                handed = desk.here[arrival.stage].flights[item.serial].handed
+                handed.append((desk.stage, arrival.name, arrival.gradient))
+        for producer in self.producers:
+            rank = desk.ranks[producer]
             agreed = [entry for entry in flight.agreed[producer] if entry.meta.requires_grad]
             gradients = {entry.name: self._gradient(flight, entry.name) for entry in agreed}
             self._tell_layouts(producer, flight, agreed, gradients)
             for entry in agreed:
                 gradient = gradients[entry.name]
                 flat = torch.zeros(count(entry.meta), dtype=entry.meta.dtype) if gradient is None else to_wire(gradient)
-                self.transport.send("up", desk.ranks[producer], flat)
+                self.transport.send(way(desk.mailbox.rank, rank), rank, flat)
             for arrival in flight.arrivals.values():
                 if arrival.pulled and arrival.stage == producer and arrival.meta.requires_grad:
                     gradient = arrival.gradient
                     payload = None if gradient is None else (to_wire(gradient), gradient.stride())
-                    desk.mailbox.post(
-                        desk.ranks[producer], "gradient", (item.serial, arrival.name, desk.stage), payload
-                    )
+                    desk.mailbox.post(rank, "gradient", (item.serial, arrival.name, desk.stage), payload)
             if producer == desk.stage - 1 and not any(count(entry.meta) for entry in agreed):
-                desk.mailbox.post(desk.ranks[producer], "backward-done", item.serial)
+                desk.mailbox.post(rank, "backward-done", (item.serial, producer))
 
     def _gradient(self, flight: Flight, name: Name) -> Tensor | None:
         arrival = flight.arrivals.get(name)
@@ -214,7 +244,7 @@ class Inbox:
                 self._agreed[producer].change(*change)
             else:
                 known.unheard.append(change)
-        self.desk.answer(source, key, posted)
+        self.desk.answer(key, posted)
 
     def _on_answer(self, source: int, key: Any, payload: Any) -> None:
         serial, kind, _, producer = key

@@ -5,16 +5,17 @@ before B    wait for the gradients of what was sent, add them up
 any time    answer later stages, from a thread of its own: learning never stops the schedule
 """
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, count
+from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, count, way
+from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
 from lightning_lwpm.staging.record import Trace
@@ -30,23 +31,23 @@ class Outbox:
     Args:
         desk: Shared with the receiving side.
         transport: For data.
+        postings: The order of receives.
         device: Where tensors of this stage live.
     """
 
-    def __init__(self, desk: Desk, transport: Transport, device: torch.device) -> None:
-        self.desk, self.transport, self.device = desk, transport, device
+    def __init__(self, desk: Desk, transport: Transport, postings: Postings, device: torch.device) -> None:
+        self.desk, self.transport, self.postings, self.device = desk, transport, postings, device
         self._traces: dict[Hashable, Trace] = {}
-        self._agreed = {consumer: Agreement() for consumer in range(desk.stage + 1, len(desk.ranks))}
+        self._agreed = {consumer: Agreement() for consumer in desk.away(range(desk.stage + 1, len(desk.ranks)))}
         self._wanted: dict[tuple[int, Hashable], list[Name]] = defaultdict(list)  # by structure, for new signatures
         self._layouts: dict[tuple[int, Hashable, Name], list[tuple[int, Layout]]] = {}
         self._count = 0
         self._sent_to = -1
         self._waiting: dict[int, list[Callable[[], None]]] = defaultdict(list)
-        self._room = threading.Event()
-        desk.mailbox.handle("?trace", self._on_trace)
-        desk.mailbox.handle("?value", self._on_value)
-        desk.mailbox.handle("?layouts", self._on_layouts)
-        desk.mailbox.handle("?forward-done", self._on_forward_done)
+        desk.handle("trace", self._on_trace)
+        desk.handle("value", self._on_value)
+        desk.handle("layouts", self._on_layouts)
+        desk.handle("forward-done", lambda source, serial, stage: desk.evaluated(serial, stage))
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -55,10 +56,13 @@ class Outbox:
         desk = self.desk
         while not desk.last:
             with desk.lock:
-                if len(desk.flights) < window:
+                oldest = desk.flights[min(desk.flights)] if desk.flights else None
+                # a later stage of this very rank has its turn in the table; to wait for it would be for ever
+                own = {stage for stage in desk.here if stage > desk.stage}
+                if len(desk.flights) < window or (oldest is not None and own - oldest.done):
                     return
-                self._room.clear()
-            desk.mailbox.wait(self._room, f"later stages, which are over {window} batches behind stage {desk.stage}")
+                desk.room.clear()
+            desk.mailbox.wait(desk.room, f"later stages, which are over {window} batches behind stage {desk.stage}")
 
     def publish(self, flight: Flight, step: StagedStep) -> None:
         """The forward has left: send what was agreed, answer who has asked early."""
@@ -72,16 +76,13 @@ class Outbox:
             waiting = self._waiting.pop(item.serial, [])
         for consumer, entries in sending.items():
             rank = self.desk.ranks[consumer]
+            direction = way(self.desk.mailbox.rank, rank)
             for entry in entries:
-                self.transport.send("down", rank, _payload(step.retained.get(entry.name), entry.meta))
+                self.transport.send(direction, rank, _payload(step.retained.get(entry.name), entry.meta))
             if consumer == self.desk.stage + 1 and not any(count(entry.meta) for entry in entries):
-                self.desk.mailbox.post(rank, "forward-left", item.serial)
+                self.desk.mailbox.post(rank, "forward-left", (item.serial, consumer))
             if item.grad:
-                flight.gradients[consumer] = [
-                    (e.name, e.meta, self.transport.receive("up", rank, count(e.meta), e.meta.dtype))
-                    for e in entries
-                    if e.meta.requires_grad
-                ]
+                flight.sent[consumer] = [entry for entry in entries if entry.meta.requires_grad]
         for answer in waiting:
             answer()
 
@@ -116,20 +117,41 @@ class Outbox:
 
     # -- backward ------------------------------------------------------------------------------------------------
 
+    def post(self, consumer: int, item: Item) -> bool:
+        """Post the receives of a micro-batch's gradients from a consumer; ``False`` before its forward has left."""
+        flight = self.desk.flights.get(item.serial)
+        if flight is None or consumer not in flight.sent:
+            return False
+        rank = self.desk.ranks[consumer]
+        direction = way(rank, self.desk.mailbox.rank)
+        flight.gradients[consumer] = [
+            self.transport.receive(direction, rank, count(entry.meta), entry.meta.dtype)
+            for entry in flight.sent[consumer]
+        ]
+        return True
+
     def gradients(self, flight: Flight) -> tuple[list[Tensor], list[Tensor]]:
         """Wait for the gradients of a micro-batch: the tensors they belong to, and the gradients.
 
         Contributions of several stages are added in the order in which one device would meet them: latest first.
         """
         item, desk, after = flight.item, self.desk, self.desk.stage + 1
-        if not any(count(meta) for _, meta, _ in flight.gradients.get(after, ())):
+        for consumer in flight.sent:
+            self.postings.until(desk.ranks[consumer], partial(flight.gradients.__contains__, consumer))
+        if after in flight.sent and not any(count(entry.meta) for entry in flight.sent[after]):
             # no data was agreed with the next stage: only its word tells that no request is still to come
-            desk.mailbox.take("backward-done", item.serial, desk.says("end of backward", item, None, after))
+            desk.mailbox.take(
+                "backward-done", (item.serial, desk.stage), desk.says("end of backward", item, None, after)
+            )
         arrived: dict[int, list[tuple[Name, Tensor]]] = defaultdict(list)
-        for consumer in sorted(flight.gradients, key=lambda stage: stage != after):
-            flats = [r.wait(desk.says("gradient", item, n, consumer)) for n, _, r in flight.gradients[consumer]]
+        for consumer, name, gradient in flight.handed:
+            arrived[consumer].append((name, gradient))
+        for consumer in sorted(flight.sent, key=lambda stage: stage != after):
+            receives = zip(flight.sent[consumer], flight.gradients[consumer], strict=True)
+            flats = [receive.wait(desk.says("gradient", item, entry.name, consumer)) for entry, receive in receives]
             # only data that has come proves that all has been told of it, so first wait for all
-            for (name, meta, _), flat in zip(flight.gradients[consumer], flats, strict=True):
+            for entry, flat in zip(flight.sent[consumer], flats, strict=True):
+                name, meta = entry.name, entry.meta
                 layout = self._layout(consumer, item, name, meta)
                 if layout is not None:
                     arrived[consumer].append((name, from_wire(flat, meta._replace(stride=layout), self.device)))
@@ -173,7 +195,7 @@ class Outbox:
                 own = flight.trace if flight is not None and flight.trace is not None else {}
                 # this stage may be ahead: what has changed since is told as a change
                 trace, entries = {**self._traces[signature], **own}, self._agreed[consumer].entries[signature]
-                self.desk.answer(source, key, (signature, trace, list(entries)))
+                self.desk.answer(key, (signature, trace, list(entries)))
 
         self._when_left(serial, answer)
 
@@ -186,13 +208,13 @@ class Outbox:
                 flight = self.desk.flights.get(serial)
                 tensor = flight.retained.get(name) if flight is not None else None
                 if flight is None or tensor is None:
-                    return self.desk.answer(source, key, (None, None, None, None))
+                    return self.desk.answer(key, (None, None, None, None))
                 meta, signature = Meta.of(tensor), flight.item.signature
                 latest = meta_of(self._traces[signature], name) or meta
                 entry = self._agree(consumer, flight.item, name, latest, posted)
                 if flight.item.grad and meta.requires_grad:
                     flight.pulls.append((consumer, name))
-                return self.desk.answer(source, key, (to_wire(tensor), meta, signature, entry))
+                return self.desk.answer(key, (to_wire(tensor), meta, signature, entry))
 
         self._when_left(serial, answer)
 
@@ -213,18 +235,7 @@ class Outbox:
         with self.desk.lock:
             for name, layout in news.items():
                 self._layouts.setdefault((consumer, signature, name), []).append((serial, layout))
-        self.desk.answer(source, key, None)
-
-    def _on_forward_done(self, source: int, serial: int, stage: int) -> None:
-        desk = self.desk
-        with desk.lock:
-            flight = desk.flights.get(serial)
-            if flight is None:
-                return
-            flight.done.add(stage)
-            if len(flight.done) == len(desk.ranks) - 1 - desk.stage:
-                del desk.flights[serial]
-                self._room.set()
+        self.desk.answer(key, None)
 
 
 def _payload(tensor: Tensor | None, meta: Meta) -> Tensor:

@@ -1,5 +1,7 @@
 """Weights that several stages use (tied embeddings, modules called again): each holds a copy, gradients are summed.
 
+Stages of one rank hold the same tensor, and add up in its ``.grad`` by themselves; ranks sum what they have afterwards.
+
 One device adds the uses of a weight within a micro-batch first and micro-batches after; here each stage adds its own
 uses over all micro-batches first. The sum has the same terms in another order: equal but for rounding, and the very
 same bits with one micro-batch in which each stage uses the weight once.
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lightning_lwpm.pipeline.flight import way
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.pipeline.wire import from_wire, to_wire
@@ -20,67 +23,69 @@ __all__ = ["SharedGradients"]
 
 
 class SharedGradients:
-    """The shared parameters of one stage.
+    """The parameters that this rank shares with others.
 
     Args:
         mailbox: Tells who has a gradient at all.
         transport: Carries the gradients.
         root: The model.
         layout: Says which parameters several stages hold.
-        stage: This rank's stage.
         ranks: The rank of each stage.
+
+    Attributes:
+        names: Of these parameters.
     """
 
     def __init__(
-        self,
-        mailbox: Mailbox,
-        transport: Transport,
-        root: nn.Module,
-        layout: Layout,
-        stage: int,
-        ranks: Sequence[int],
+        self, mailbox: Mailbox, transport: Transport, root: nn.Module, layout: Layout, ranks: Sequence[int]
     ) -> None:
-        self.mailbox, self.transport, self.stage, self.ranks = mailbox, transport, stage, ranks
+        self.mailbox, self.transport, self.rank = mailbox, transport, mailbox.rank
         named = dict(root.named_parameters())
-        self.parameters = [(n, named[n], s) for n, s in layout.shared.items() if stage in s]
-        self.partners = sorted({other for _, _, stages in self.parameters for other in stages} - {stage})
+        # each rank by the latest of its stages that uses the weight, which is where its gradient begins
+        homes = {
+            name: [ranks[stage] for stage in sorted(stages, reverse=True)] for name, stages in layout.shared.items()
+        }
+        holders = {name: list(dict.fromkeys(found)) for name, found in homes.items()}
+        self.parameters = [(n, named[n], h) for n, h in holders.items() if self.rank in h and len(h) > 1]
+        self.names = frozenset(name for name, _, _ in self.parameters)
+        self.partners = sorted({other for _, _, found in self.parameters for other in found} - {self.rank})
         self._round = 0
 
     def sum(self) -> None:
-        """Replace the gradient of each shared parameter by the sum over its stages, latest stage first."""
+        """Replace the gradient of each shared parameter by the sum over its ranks, latest stage first."""
         if not self.parameters:
             return
         self._round += 1
         mine = {name for name, parameter, _ in self.parameters if parameter.grad is not None}
         for other in self.partners:
-            self.mailbox.post(self.ranks[other], "shared", (self._round, self.stage), mine)
-        have = {self.stage: mine}
+            self.mailbox.post(other, "shared", (self._round, self.rank), mine)
+        have = {self.rank: mine}
         for other in self.partners:
-            what = f"the shared gradients of stage {other} (rank {self.ranks[other]})"
+            what = f"the shared gradients of {self.mailbox.names[other]}"
             have[other] = self.mailbox.take("shared", (self._round, other), what)
         receives = {}
-        for name, parameter, stages in self.parameters:
-            for other in stages:
-                if other == self.stage:
+        for name, parameter, holders in self.parameters:
+            for other in holders:
+                if other == self.rank:
                     continue
-                direction = "up" if other > self.stage else "down"
                 if name in have[other]:
                     receives[name, other] = self.transport.receive(
-                        direction, self.ranks[other], parameter.numel(), parameter.dtype
+                        way(other, self.rank), other, parameter.numel(), parameter.dtype
                     )
                 if name in mine:
                     assert parameter.grad is not None
-                    direction = "up" if other < self.stage else "down"
-                    self.transport.send(direction, self.ranks[other], to_wire(parameter.grad.contiguous()).clone())
-        for name, parameter, stages in self.parameters:
+                    flat = to_wire(parameter.grad.contiguous()).clone()
+                    self.transport.send(way(self.rank, other), other, flat)
+        for name, parameter, holders in self.parameters:
             total: torch.Tensor | None = None
-            for other in sorted(stages, reverse=True):
+            for other in holders:
                 if name not in have[other]:
                     continue
-                if other == self.stage:
+                if other == self.rank:
                     part = parameter.grad
                 else:
-                    flat = receives[name, other].wait(f"the gradient of shared '{name}' from stage {other}")
+                    what = f"the gradient of shared '{name}' from {self.mailbox.names[other]}"
+                    flat = receives[name, other].wait(what)
                     part = from_wire(flat, Meta.of(parameter.detach().contiguous()), parameter.device)
                 total = part if total is None else total + part  # type: ignore[operator]
             if total is not None:

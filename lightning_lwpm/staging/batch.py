@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.remote import Meta, Name, Remote
-from lightning_lwpm.staging.tree import flatten, unflatten
+from lightning_lwpm.staging.tree import duplicate, flatten, map_tensors, unflatten
 
 __all__ = ["Batch"]
 
@@ -69,12 +69,21 @@ class Batch:
         )
         return _kinds(self.spec), shapes
 
-    def microbatch(self, i: int, device: torch.device | None = None, owner: Any = None) -> Any:
-        """Micro-batch ``i``, in the structure of the batch; absent leaves are remote tensors of ``owner``."""
+    def microbatch(self, i: int, device: torch.device | None = None, owner: Any = None, private: bool = False) -> Any:
+        """Micro-batch ``i``, in the structure of the batch; absent leaves are remote tensors of ``owner``.
+
+        Args:
+            i: Its number.
+            device: Where absent leaves would be.
+            owner: The step that fetches them.
+            private: Whether to copy the tensors, so that a step may change them in place and another one still gets
+                them as they were.
+        """
         if len(self) == 1 and not any(isinstance(leaf, Meta) for leaf in self.leaves):
-            return unflatten(self.spec, iter(self.leaves))
-        numbers = iter(range(len(self.leaves)))
-        return unflatten(*self._cut(self.spec, numbers, i, device, owner))
+            value = unflatten(self.spec, iter(self.leaves))
+        else:
+            value = unflatten(*self._cut(self.spec, iter(range(len(self.leaves))), i, device, owner))
+        return map_tensors(lambda leaf: leaf if type(leaf) is Remote else duplicate(leaf), value) if private else value
 
     def leaf(self, index: int, i: int) -> Tensor:
         """The part of a leaf, present on this rank, that belongs to micro-batch ``i``."""

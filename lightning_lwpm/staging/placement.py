@@ -1,6 +1,6 @@
 """Puts a rank's share of the weights on its device, and placeholders in the place of the rest."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from root.named_buffers()
 
 
-def held(stages: tuple[int, ...] | None, stage: int | None) -> bool:
-    """Whether a tensor used by ``stages`` lives on ``stage``; ``None``: it lives everywhere."""
-    return stages is None or stage in stages
+def held(stages: tuple[int, ...] | None, own: Collection[int]) -> bool:
+    """Whether a tensor used by ``stages`` lives on a rank whose stages are ``own``; ``None``: it lives everywhere."""
+    return stages is None or not set(stages).isdisjoint(own)
 
 
 def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> dict[int, Tensor]:
@@ -47,23 +47,25 @@ def swap(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> dict[int, 
 def place(
     root: nn.Module,
     stages: Callable[[str], tuple[int, ...] | None],
-    stage: int | None,
+    own: int | Collection[int] | None,
     fetch: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """Keep what ``stage`` uses and let go of the rest.
+    """Keep what the stages of a rank use and let go of the rest.
 
     Args:
         root: The model, whole or placed before.
         stages: The stages that use a parameter or buffer; ``None`` for one that every rank keeps.
-        stage: This rank's stage; ``None`` for a rank that has none.
+        own: This rank's stage or stages; ``None`` for a rank that has none.
         fetch: Gives the values of a tensor that this rank is to hold; by default they are the ones it has.
 
     Returns:
         By the ``id`` of each tensor that was there, the one that is in its place now.
     """
 
+    here = (own,) if isinstance(own, int) else own or ()
+
     def change(name: str, tensor: Tensor) -> Tensor:
-        if not held(stages(name), stage):
+        if not held(stages(name), here):
             return tensor if is_placeholder(tensor) else placeholder_like(tensor)
         values = fetch(name, tensor) if fetch is not None else tensor
         if values is tensor:

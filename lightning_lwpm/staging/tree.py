@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # registry of third-party nodes (transformers' ModelOutput, ...)
 
-__all__ = ["Opaque", "flatten", "map_tensors", "tensors", "unflatten"]
+__all__ = ["Opaque", "duplicate", "flatten", "map_tensors", "tensors", "unflatten"]
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, slice, type(...))
 
@@ -128,6 +128,21 @@ def tensors(value: Any) -> list[Tensor]:
     leaves: list[Tensor] = []
     flatten(value, leaves)
     return leaves
+
+
+def duplicate(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, which decide on the last bits of what is computed from it; never a part of a graph.
+
+    One of which elements share a place is returned itself: it cannot be changed in place.
+    """
+    with torch.no_grad():
+        if tensor.layout is not torch.strided:
+            return tensor.clone()
+        if 0 in tensor.stride():
+            return tensor
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        copy.copy_(tensor)
+    return copy.requires_grad_(tensor.requires_grad)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], value: Any) -> Any:

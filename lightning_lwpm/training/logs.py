@@ -31,7 +31,7 @@ class LogBook:
         self.module, self.mailbox = module, mailbox
         self.writes = mailbox.rank == 0
         self._entries: list[tuple[float, Entry]] = []
-        self._weight = 1.0
+        self._weight, self._real = 1.0, True
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -56,9 +56,9 @@ class LogBook:
         finally:
             del self.module.__dict__["log"]
 
-    def microbatch(self, samples: float) -> None:
-        """What is logged from now on comes from a micro-batch of so many samples."""
-        self._weight = samples
+    def microbatch(self, samples: float, real: bool) -> None:
+        """What is logged from now on comes from a micro-batch of so many samples, and counts if it is ``real``."""
+        self._weight, self._real = samples, real
 
     def merged(self) -> list[Entry]:
         """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples."""
@@ -82,6 +82,8 @@ class LogBook:
             self.module.log(name, value, **kwargs)
 
     def _note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._real:  # an earlier stage of the last one's rank
+            return
         kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if isinstance(value, Tensor):
             value = localise(value).detach().clone()

@@ -18,11 +18,9 @@ class Metrics:
 
     Args:
         module: The LightningModule.
-        real: Whether this rank runs the last stage.
     """
 
-    def __init__(self, module: nn.Module, real: bool) -> None:
-        self.real = real
+    def __init__(self, module: nn.Module) -> None:
         found = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
         inner = {id(child) for m in found for child in m.modules() if child is not m}
         self.metrics = [m for m in found if id(m) not in inner]
@@ -50,8 +48,9 @@ class Metrics:
                 else:
                     metric.__dict__[name] = value
 
-    def _stand_in(self, original: Callable[..., Any], step: StagedStep) -> Callable[..., Any]:
-        if self.real:
+    @staticmethod
+    def _stand_in(original: Callable[..., Any], step: StagedStep) -> Callable[..., Any]:
+        if step.last:
             return lambda *args, **kwargs: step.aside(original, *args, **kwargs)
         return lambda *_, **__: torch.tensor(0.0)
 

@@ -60,9 +60,9 @@ class Steps:
     def attach(self, engine: Engine) -> None:
         """Run the steps by another engine from now on: the layers have moved."""
         self.engine = engine
-        self.metrics = Metrics(self.module, engine.last)
+        self.metrics = Metrics(self.module)
         held = [(name, p) for name, p in self.module.named_parameters() if not is_placeholder(p)]
-        self.stash = Stash([p for _, p in held], [p for name, p in held if name in engine.layout.shared])
+        self.stash = Stash([p for _, p in held], [p for name, p in held if name in engine.summed])
 
     def train(self, batch: Any, *args: Any) -> Any:
         """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""
@@ -72,10 +72,10 @@ class Steps:
         scaler = getattr(self.precision, "scaler", None)
 
         def forward(micro: Any, i: int) -> Any:
-            self.book.microbatch(split.sizes[i])
+            self.book.microbatch(split.sizes[i], self.engine.at_last)
             with self.precision.train_step_context(), self.metrics.in_step(self._step()):
                 out = self.module.training_step(micro, *args)
-            if self.engine.last:
+            if self.engine.at_last:
                 losses.append(loss_of(out))
             return out
 
@@ -128,7 +128,7 @@ class Steps:
 
         def forward(micro: Any, _: int) -> Any:
             step = self._step()
-            with context(), self.metrics.in_step(step), self.book.in_evaluation(step, self.engine.last):
+            with context(), self.metrics.in_step(step), self.book.in_evaluation(step, self.engine.at_last):
                 return getattr(self.module, name)(micro, *args)
 
         out = self.engine.evaluate(split, forward, self._fetcher(split), name)[0]
