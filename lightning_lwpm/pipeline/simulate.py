@@ -1,23 +1,28 @@
-"""Runs a table without a model: how long it takes, what it holds, and that no rank waits for ever.
+"""Runs a table without a model: how long it takes, what it holds, and how long any schedule of its kind must take.
 
-Two questions, two simulations. ``simulate`` measures time and takes links as given. ``rendezvous`` ignores time and
-asks whether sends and receives meet, on a network that buffers nothing::
-
-    rank 1   0F0  send  0F1  send  ...  reap         a send completes only once its receive is posted
-                   |          |
-    rank 0   post post  receive  1F0  receive  1F1   receives are posted ahead, in the sender's order
+``simulate`` measures time and takes links as given; ``rendezvous`` (in a file of its own) ignores time and asks whether
+sends and receives meet.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
-from lightning_lwpm.errors import ConfigurationError, LWPMError
-from lightning_lwpm.pipeline.schedule import Action, Latency, Table, delay, dependencies, unit
+from lightning_lwpm.pipeline.action import Action, Costs, Latency, Table, delay, dependencies, unit
+from lightning_lwpm.pipeline.rendezvous import Message, adjacent, channels, rendezvous
+from lightning_lwpm.pipeline.tables import Deadlock, check_table, held_by_stages, kept_by_ranks
 
-
-class Deadlock(LWPMError):
-    """The table cannot run to its end; the message says who waits for whom."""
+__all__ = [
+    "Deadlock",
+    "Message",
+    "Simulation",
+    "adjacent",
+    "bound",
+    "channels",
+    "kept_by_ranks",
+    "rendezvous",
+    "simulate",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,9 @@ class Simulation:
         busy: Time that each rank computes.
         bubble: Idle part, from 0 to 1, of the ranks that have anything to do.
         starts: When each action starts.
-        peak_in_flight: For each stage, the most micro-batches held between forward and backward pass at once.
+        peak_in_flight: For each stage, the most micro-batches under way at once: from F to B, or to I where the
+            backward pass is split.
+        peak_kept: For each stage, the most micro-batches whose activations it keeps at once: from F to B, or to W.
     """
 
     makespan: float
@@ -37,12 +44,13 @@ class Simulation:
     bubble: float
     starts: dict[Action, float]
     peak_in_flight: tuple[int, ...]
+    peak_kept: tuple[int, ...]
 
 
 def simulate(
     table: Table,
     placement: Sequence[int],
-    seconds: Callable[[Action], float] = unit,
+    seconds: Costs = unit,
     latency: Latency = 0.0,
 ) -> Simulation:
     """Run each rank's list in order, every action as soon as what it depends on has arrived.
@@ -57,7 +65,7 @@ def simulate(
         Deadlock: If an action waits for one that never runs, or runs only after it.
         ConfigurationError: If an action comes twice, or not on the rank of its stage.
     """
-    _check_table(table, placement)
+    check_table(table, placement)
     ends: dict[Action, float] = {}
     starts: dict[Action, float] = {}
     done = [0] * len(table)
@@ -89,204 +97,54 @@ def simulate(
     busy = tuple(float(sum(seconds(action) for action in actions)) for actions in table)
     capacity = makespan * sum(1 for actions in table if actions)
     bubble = 1.0 - sum(busy) / capacity if capacity else 0.0
-    return Simulation(makespan, busy, bubble, starts, tuple(_peaks(table, len(placement))))
+    in_flight, kept = (held_by_stages(table, len(placement), until) for until in ("BI", "BW"))
+    return Simulation(makespan, busy, bubble, starts, tuple(in_flight), tuple(kept))
 
 
-def _check_table(table: Table, placement: Sequence[int]) -> None:
-    seen: set[Action] = set()
-    for rank, actions in enumerate(table):
-        for action in actions:
-            if not 0 <= action.stage < len(placement) or placement[action.stage] != rank:
-                raise ConfigurationError(
-                    f"rank {rank} runs {action}, but the ranks of the stages are {list(placement)}"
-                )
-            if action in seen:
-                raise ConfigurationError(f"rank {rank} runs {action} twice")
-            seen.add(action)
+def bound(table: Table, placement: Sequence[int], seconds: Costs = unit, latency: Latency = 0.0) -> float:
+    """Return a time that no table of the same actions on the same ranks can beat, whatever memory it had.
 
+    ::
 
-def _peaks(table: Table, num_stages: int) -> list[int]:
-    held, peaks = [0] * num_stages, [0] * num_stages
-    has_backward = {action.stage for actions in table for action in actions if action.kind == "B"}
-    for actions in table:
-        for kind, stage, _ in actions:
-            held[stage] += 1 if kind == "F" else -1
-            peaks[stage] = max(peaks[stage], held[stage])
-            if stage not in has_backward:  # evaluation: a forward pass leaves nothing behind
-                held[stage] = 0
-    return peaks
+        rank r   |-- way to its first action --|-- all its actions --|-- way back to stage 0 --|
 
-
-class Message(NamedTuple):
-    """What one action sends to another on a different rank: an activation (F to F) or a gradient (B to B)."""
-
-    producer: Action
-    consumer: Action
-
-
-class _Wait(NamedTuple):
-    """One line of a rank's program: ``what`` is "receive", "compute", "send" or "reap" (wait for all sends)."""
-
-    what: str
-    action: Action | None = None
-    message: Message | None = None
-
-
-def adjacent(num_stages: int) -> set[tuple[int, int]]:
-    """Return the edges of a plain chain: each stage feeds the next."""
-    return {(stage, stage + 1) for stage in range(num_stages - 1)}
-
-
-def channels(
-    table: Table, placement: Sequence[int], edges: Iterable[tuple[int, int]] | None = None
-) -> dict[tuple[int, int], list[Message]]:
-    """List the messages of each (sender, receiver) pair of ranks in the order of sending.
-
-    This is the order in which the receiver must post its receives, and both ends can derive it from the table.
+    No rank starts before a micro-batch has come to the nearest of its stages. Then it has all its work to do; and
+    after its last backward pass the gradient still goes back to stage 0 (where the backward pass is split, a W may
+    be last, which nobody waits for). Nor is any table shorter than the way of one micro-batch. At even costs, no
+    latency and no lack of micro-batches the named schedules reach it, ``gpipe`` and ``1f1b`` always.
 
     Args:
-        table: The actions of each rank.
+        table: The actions of each rank, complete; their order does not matter.
         placement: The rank of each stage.
-        edges: The (producer, consumer) pairs of stages; each carries activations one way and gradients the other.
-            By default those of a chain.
+        seconds: Time of each action.
+        latency: As in ``simulate``.
     """
-    pairs: dict[tuple[int, int], list[Message]] = {}
-    links = sorted(adjacent(len(placement)) if edges is None else set(edges))
+    kinds = {action.kind for actions in table for action in actions}
+    counts = {action.microbatch for actions in table for action in actions}
+    if not kinds:
+        return 0.0
+    stages = range(len(placement))
+    back = next((kind for kind in "BI" if kind in kinds), None)
+
+    def way(kind: str, stage: int, microbatch: int) -> float:
+        """The time of one action and of the way of its result to the next."""
+        onward = stage + (1 if kind == "F" else -1)
+        action = Action(kind, stage, microbatch)
+        crosses = onward in stages and placement[onward] != placement[stage]
+        return seconds(action) + (delay(latency, action) if crosses else 0.0)
+
+    longest = 0.0
+    head, tail = [float("inf")] * len(stages), [float("inf")] * len(stages)
+    for microbatch in counts:
+        forward = list(accumulate((way("F", stage, microbatch) for stage in stages), initial=0.0))
+        backward = list(accumulate((way(back, s, microbatch) if back else 0.0 for s in stages), initial=0.0))
+        head = [min(pair) for pair in zip(head, forward[:-1], strict=True)]
+        tail = [min(pair) for pair in zip(tail, backward[:-1], strict=True)]
+        last = seconds(Action("W", 0, microbatch)) if "W" in kinds else 0.0
+        longest = max(longest, forward[-1] + backward[-1] + last)
     for rank, actions in enumerate(table):
-        for action in actions:
-            for message in _sent(action, links):
-                receiver = placement[message.consumer.stage]
-                if receiver != rank:
-                    pairs.setdefault((rank, receiver), []).append(message)
-    return pairs
-
-
-def rendezvous(
-    table: Table,
-    placement: Sequence[int],
-    edges: Iterable[tuple[int, int]] | None = None,
-    lookahead: int = 2,
-) -> None:
-    """Prove that a table's sends and receives all meet, on a network that buffers nothing.
-
-    Args:
-        table: The actions of each rank.
-        placement: The rank of each stage.
-        edges: The (producer, consumer) pairs of stages, as for ``channels``; add pairs such as ``(0, 3)`` for skip
-            connections.
-        lookahead: Number of receives posted beyond the one that is waited for, per (sender, receiver) pair and in
-            the sender's order. Sends are then issued without waiting, and waited for at the end of the step. With 0
-            everything blocks instead: a receive is posted when it is needed, and a send waits for it.
-
-    Raises:
-        Deadlock: If a rank would wait for ever, or the k-th send of a pair is not what its k-th receive expects
-            (NCCL matches by order, not by tag).
-        ConfigurationError: If an action comes twice, or not on the rank of its stage.
-    """
-    _check_table(table, placement)
-    links = sorted(adjacent(len(placement)) if edges is None else set(edges))
-    blocking = lookahead == 0
-    sends = channels(table, placement, links)
-    needs: dict[tuple[int, int], list[Message]] = {}
-    programs: list[list[_Wait]] = []
-    for rank, actions in enumerate(table):
-        program = []
-        for action in actions:
-            for message in _received(action, links):
-                sender = placement[message.producer.stage]
-                if sender != rank:
-                    needs.setdefault((sender, rank), []).append(message)
-                    program.append(_Wait("receive", action, message))
-            program.append(_Wait("compute", action))
-            away = (message for message in _sent(action, links) if placement[message.consumer.stage] != rank)
-            program.extend(_Wait("send", action, message) for message in away)
-        programs.append([*program, _Wait("reap")])
-    # Receives posted ahead follow the sender's order; receives posted on need, the receiver's.
-    expected = {pair: needs[pair] if blocking else _in_order_of(sends.get(pair, []), needs[pair]) for pair in needs}
-    _check_order(sends, expected)
-
-    issued = dict.fromkeys(sends, 0)
-    posted = {pair: min(lookahead, len(sends[pair])) for pair in sends}
-    numbers = {message: number for messages in sends.values() for number, message in enumerate(messages)}
-    computed: set[Action] = set()
-    done = [0] * len(table)
-
-    def passes(rank: int, wait: _Wait) -> bool:
-        """Do what the line says, as far as possible; whether the rank may go on to the next one."""
-        if wait.what == "reap":
-            return all(posted[pair] >= issued[pair] for pair in issued if pair[0] == rank)
-        if wait.what == "compute":
-            assert wait.action is not None
-            local = (s for s in dependencies(wait.action, len(placement)) if placement[s.stage] == rank)
-            if not computed.issuperset(local):
-                return False
-            computed.add(wait.action)
-            return True
-        assert wait.message is not None
-        pair, number = _pair(wait.message, placement), numbers[wait.message]
-        if wait.what == "receive":
-            posted[pair] = max(posted[pair], min(number + 1 + lookahead, len(sends[pair])))
-            return issued[pair] > number
-        issued[pair] = max(issued[pair], number + 1)
-        return not blocking or posted[pair] > number
-
-    progress = True
-    while progress:
-        progress = False
-        for rank, program in enumerate(programs):
-            while done[rank] < len(program) and passes(rank, program[done[rank]]):
-                done[rank] += 1
-                progress = True
-    stuck = [(rank, program[done[rank]]) for rank, program in enumerate(programs) if done[rank] < len(program)]
-    if stuck:
-        raise Deadlock("; ".join(_explain(rank, wait, placement) for rank, wait in stuck))
-
-
-def _sent(action: Action, links: Sequence[tuple[int, int]]) -> list[Message]:
-    kind, stage, microbatch = action
-    if kind == "F":
-        return [Message(action, Action("F", consumer, microbatch)) for producer, consumer in links if producer == stage]
-    return [Message(action, Action("B", producer, microbatch)) for producer, consumer in links if consumer == stage]
-
-
-def _received(action: Action, links: Sequence[tuple[int, int]]) -> list[Message]:
-    kind, stage, microbatch = action
-    if kind == "F":
-        return [Message(Action("F", producer, microbatch), action) for producer, consumer in links if consumer == stage]
-    return [Message(Action("B", consumer, microbatch), action) for producer, consumer in links if producer == stage]
-
-
-def _pair(message: Message, placement: Sequence[int]) -> tuple[int, int]:
-    return placement[message.producer.stage], placement[message.consumer.stage]
-
-
-def _in_order_of(sent: list[Message], needed: list[Message]) -> list[Message]:
-    position = {message: number for number, message in enumerate(sent)}
-    return sorted(needed, key=lambda message: position.get(message, len(sent)))
-
-
-def _check_order(sends: dict[tuple[int, int], list[Message]], receives: dict[tuple[int, int], list[Message]]) -> None:
-    for pair in sorted(sends.keys() | receives.keys()):
-        sender, receiver = pair
-        sent, expected = sends.get(pair, []), receives.get(pair, [])
-        for got in sorted(set(expected) - set(sent)):
-            raise Deadlock(f"rank {receiver} waits in {got.consumer} for {got.producer}, never sent by rank {sender}")
-        for got in sorted(set(sent) - set(expected)):
-            raise Deadlock(f"rank {sender} sends {got.producer} for {got.consumer}, never received by rank {receiver}")
-        for number, (got, wanted) in enumerate(zip(sent, expected, strict=True)):
-            if got != wanted:
-                raise Deadlock(
-                    f"message {number} from rank {sender} to rank {receiver} is {got.producer} for {got.consumer}, "
-                    f"but the receiver expects {wanted.producer} for {wanted.consumer}"
-                )
-
-
-def _explain(rank: int, wait: _Wait, placement: Sequence[int]) -> str:
-    if wait.what == "reap":
-        return f"rank {rank} waits at the end of the step for its sends to be received"
-    if wait.message is None:
-        return f"rank {rank} waits in {wait.action} for an action that its list has only later, or not at all"
-    sender, receiver = _pair(wait.message, placement)
-    if wait.what == "receive":
-        return f"rank {rank} waits in {wait.action} to receive {wait.message.producer} from rank {sender}"
-    return f"rank {rank} waits after {wait.action} for rank {receiver} to post its receive for {wait.message.consumer}"
+        own = [stage for stage in stages if placement[stage] == rank]
+        if own:
+            after = 0.0 if "W" in kinds else min(tail[stage] for stage in own)
+            longest = max(longest, min(head[s] for s in own) + sum(map(seconds, actions)) + after)
+    return longest

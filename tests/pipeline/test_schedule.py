@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.policies import Pipeline, unlimited
 from lightning_lwpm.pipeline.schedule import (
     ONE_F_ONE_B,
     SCHEDULES,
@@ -103,8 +104,8 @@ def test_tables_are_complete_ordered_and_within_their_cap(name, p, m):
         for kind in "FB":
             assert [i for k, _, i in table[rank] if k == kind] == list(range(m))
     result = simulate(table, place(p))
-    cap = SCHEDULES[name].in_flight
-    assert all(held <= (cap(s, p, m) if cap else m) for s, held in enumerate(result.peak_in_flight))
+    caps = SCHEDULES[name].caps(Pipeline(p, m, tuple(place(p))))
+    assert all(held <= min(m, cap) for held, cap in zip(result.peak_in_flight, caps.stage, strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -154,7 +155,7 @@ def test_last_stage_is_on_rank_0():
     [
         (("1F1B", 2, 2, 2), "unknown schedule '1F1B'; did you mean '1f1b'"),
         (("gpip", 2, 2, 2), "did you mean 'gpipe'"),
-        (("zzz", 2, 2, 2), r"unknown schedule 'zzz' \(known: 'gpipe', '1f1b'\)"),
+        (("zzz", 2, 2, 2), r"unknown schedule 'zzz' \(known: 'auto', 'gpipe', '1f1b', "),
         (("gpipe", 2, 0, 2), "num_microbatches=0"),
         (("gpipe", 2, -3, 2), "num_microbatches=-3"),
         (("gpipe", 2, 2.5, 2), "num_microbatches=2.5"),
@@ -167,5 +168,6 @@ def test_bad_input_is_quoted(arguments, message):
 
 
 def test_a_cap_that_admits_nothing_is_an_error():
-    with pytest.raises(ConfigurationError, match=r"'shut' stalls.*\[0, 0\]"):
-        list_schedule(Policy("shut", ("B", "F"), lambda stage, p, m: 0), 2, 2, place(2))
+    shut = Policy("shut", ("B", "F"), lambda pipeline: unlimited(pipeline)._replace(stage=[0, 0]))
+    with pytest.raises(ConfigurationError, match=r"'shut' stalls.*stage=\[0, 0\]"):
+        list_schedule(shut, 2, 2, place(2))
