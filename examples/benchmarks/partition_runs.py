@@ -191,9 +191,7 @@ def placed(model: nn.Module, layout: Layout, stage: int) -> nn.Module:
 def engine(line: Line, model: nn.Module, layout: Layout, schedule: str) -> Engine:
     """A new engine on connections that others have used before."""
     line.gather()  # the engine before has done all, on every rank
-    made = Engine(line.mailbox, line.transport, model, layout, CPU, schedule, serial=line.serial)
-    line.gather()  # nobody asks this one before it can answer
-    return made
+    return Engine(line.mailbox, line.transport, model, layout, CPU, schedule, serial=line.serial)
 
 
 def run_steps(line: Line, case: Case, model: nn.Module, batch: Any, layout: Layout, steps: int) -> list[Seconds]:

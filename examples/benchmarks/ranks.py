@@ -1,4 +1,4 @@
-"""Runs a function on several processes of this machine, as ranks of one Lightning job, and returns what rank 0 says."""
+"""Runs a function on several processes of this machine, as ranks of one Lightning job, and returns what they say."""
 
 import multiprocessing
 import os
@@ -19,20 +19,15 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, world, port, function, args, results)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    outcomes = dict(results.get(timeout=900) for _ in processes)
-    for process in processes:
-        process.join()
+    with multiprocessing.get_context("spawn").Pool(world) as pool:
+        # none of them ends before all have met, so each has a process of its own; the first failure ends them all
+        jobs = [(rank, world, port, function, args) for rank in range(world)]
+        outcomes = dict(pool.imap_unordered(_rank, jobs))
     return [outcomes[rank] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: Any, results: Any) -> None:
+def _rank(job: tuple[int, int, int, Callable[..., Any], Any]) -> tuple[int, Any]:
+    rank, world, port, function, args = job
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), NODE_RANK="0"
     )
@@ -45,4 +40,4 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the table of the benchmark is what is to be read
-    results.put((rank, function(rank, world, *args)))
+    return rank, function(rank, world, *args)
