@@ -115,7 +115,7 @@ class LWPMStrategy(ProcessesStrategy):
         self._hooks: Hooks | None = None
         self._steps: Steps | None = None
         self._reviewer: Reviewer | None = None
-        self._repartitioned_at = -1
+        self._settled_at: int | None = None  # the epoch in which layers last could move
         self._copies: list[torch.nn.Module] = []
 
     @property
@@ -225,11 +225,13 @@ class LWPMStrategy(ProcessesStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
         epoch, every = self.lightning_module.current_epoch, self.repartition_every_n_epochs
-        if every and batch_idx == 0 and epoch != self._repartitioned_at and self._reviewer is not None:
-            due = epoch - self._repartitioned_at >= every
-            self._repartitioned_at = epoch if due or self._repartitioned_at < 0 else self._repartitioned_at
-            if due:
-                self._repartition()
+        if not every or batch_idx or self._reviewer is None:
+            return
+        if self._settled_at is not None and epoch >= self._settled_at + every:
+            self._repartition()
+            self._settled_at = epoch
+        elif self._settled_at is None:
+            self._settled_at = epoch
 
     def _repartition(self) -> None:
         """Between two batches: move layers to where the measured times want them."""

@@ -35,7 +35,8 @@ def find_cuts(timeline: Timeline, num_ranks: int, names: list[str]) -> list[int]
     for index, call in enumerate(timeline.calls):
         for ancestor in ancestors(call.name):
             begins.setdefault(ancestor, index)
-        begins.setdefault(label(call.name, call.occurrence), index)
+    # a layer that is also a module around others: its own call counts
+    begins |= {label(call.name, call.occurrence): index for index, call in enumerate(timeline.calls)}
     for name in names:
         if name not in begins:
             raise ConfigurationError(f"partition={names!r}: the step calls no layer {name!r}; {_near(name, begins)}")

@@ -128,7 +128,7 @@ class Planner:
             measured: By stage; ``None`` of one that has measured nothing yet.
         """
         known, choice = self._known, self._choice
-        if known is None or choice is None or self.costs == "estimated":
+        if known is None or choice is None:
             return None
         times = [stage for stage in measured if stage is not None]
         if len(times) < len(choice.plan.stages):
@@ -146,12 +146,11 @@ class Planner:
         better = self._shared("revision", better, "a better plan")
         if better is None:
             return None
-        assert self._known is not None and self._choice is not None
-        if self.mailbox.rank == 0:
-            look = replace(self._choice.look, costs=found.costs)  # type: ignore[union-attr]
-            self._choice = Choice(better, look)
+        if found is not None and self._choice is not None:
+            self._choice = Choice(better, replace(self._choice.look, costs=found.costs))
             show_plan(self._choice)
         self.plan = better
+        assert self._known is not None
         module = self._known.module()
         assert module is not None
         return make_layout(module, self._known.seen, better)
