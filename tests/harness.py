@@ -76,7 +76,7 @@ def train_pipelined(
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
     torch.manual_seed(0)
     model = build()
-    sample = Batch.of(batches[0], num_microbatches).microbatch(0)
+    sample = Batch.of(batches[0], num_microbatches).microbatch(0, private=True)
     run = engine(rank, world, model, step, sample, partition, schedule, placement)
     optim = optimizer(model.parameters()) if optimizer else None
     losses: list[list[float]] = []

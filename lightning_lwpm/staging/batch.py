@@ -90,7 +90,11 @@ class Batch:
         leaf = self.leaves[index]
         assert isinstance(leaf, Tensor)
         low, high = self.bounds[i]
-        return leaf[low:high] if self._splits(leaf) and len(self) > 1 else leaf
+        if not self._splits(leaf) or len(self) == 1:
+            return leaf
+        part = leaf[low:high]
+        # a step may change its part in place: autograd must not take that for a change of the other parts
+        return part if part.requires_grad else part.data
 
     def lean(self, wanted: set[int]) -> list[Tensor | Meta]:
         """The leaves to send to a rank that needs the large ones in ``wanted`` only."""

@@ -64,7 +64,7 @@ class Onlooker:
         if self.batch is None:
             return None
         module, trainer, train = self.module, self.trainer, self.train
-        micro = Batch.of(self.batch, count if train else 1).microbatch(0)
+        micro = Batch.of(self.batch, count if train else 1).microbatch(0, private=True)
         step = getattr(module, self.name)
         kwargs: dict[str, Any] = {}
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):

@@ -30,6 +30,9 @@ DIFFICULT = [
     "mixture of experts",
     "variable length",
     "late inputs",
+    "siamese",
+    "hooks on gradients",
+    "function of the user's own",
 ]
 
 
