@@ -34,8 +34,8 @@ def check_memory(table: Table, memory: Memory, name: str) -> None:
     for rank, (kept, limit) in enumerate(zip(kept_by_ranks(table, memory.per_microbatch), memory.limits, strict=False)):
         if kept > limit:
             raise ConfigurationError(
-                f"the schedule {name!r} keeps {kept:g} of activations on rank {rank}, whose limit is {limit:g}; use "
-                "smaller micro-batches, a schedule that keeps less ('1f1b'), or 'auto'"
+                f"the schedule {name!r} keeps up to {kept:g} on rank {rank}, whose limit is {limit:g}; use smaller "
+                "micro-batches" + ("" if name == "auto" else ", or the schedule 'auto'")
             )
 
 
@@ -65,24 +65,18 @@ def best_table(
         ConfigurationError: If not even one micro-batch at a time fits.
     """
     weights = memory.per_microbatch if memory else [1.0] * len(placement)
-    limits = memory.limits if memory else [math.inf] * (max(placement) + 1)
-    found: tuple[float, float, Table] | None = None
-    least: Table | None = None
+    limits = memory.limits[: max(placement) + 1] if memory else [math.inf] * (max(placement) + 1)
+    found: list[tuple[float, float, Table]] = []
+    table: Table = []
     for policy in _candidates(num_microbatches, split):
         for seconds, link in ((costs, latency), (unit, 0.0)):
             table = list_schedule(policy, len(placement), num_microbatches, placement, seconds, link)
             kept = kept_by_ranks(table, weights)
-            if any(amount > limit for amount, limit in zip(kept, limits, strict=False)):
-                least = table
-                continue
-            score = simulate(table, placement, costs, latency).makespan, max(kept)
-            if found is None or score < found[:2]:
-                found = *score, table
-    if found is None:
-        assert least is not None and memory is not None
-        check_memory(least, memory, "auto")
-        raise AssertionError
-    return found[2]
+            if all(amount <= limit for amount, limit in zip(kept, limits, strict=True)):
+                found.append((simulate(table, placement, costs, latency).makespan, max(kept), table))
+    if not found and memory is not None:
+        check_memory(table, memory, "auto")  # says what the last candidate, one micro-batch at a time, needs
+    return min(found, key=lambda candidate: candidate[:2])[2]
 
 
 def _candidates(num_microbatches: int, split: bool) -> Iterator[Policy]:

@@ -28,6 +28,19 @@ class Pipeline:
         return len(set(self.placement))
 
     @property
+    def num_rounds(self) -> int:
+        """Number of rounds: a rank takes a whole round through one of its stages before it turns to the next.
+
+        A round has as many micro-batches as there are ranks, or more where they cannot be shared out so.
+        """
+        return max(1, self.num_microbatches // self.num_ranks)
+
+    @property
+    def round_size(self) -> int:
+        """Number of micro-batches of the largest round; rounds differ by one at most."""
+        return -(-self.num_microbatches // self.num_rounds)
+
+    @property
     def stages_by_rank(self) -> list[list[int]]:
         """The stages of each rank up to the highest that has one, ascending."""
         stages: list[list[int]] = [[] for _ in range(max(self.placement) + 1)]
@@ -74,8 +87,8 @@ class Policy:
         name: What the user writes.
         prefer: The kinds of action that the schedule has; a free rank takes the first of them that is ready.
         caps: How many micro-batches stages and ranks may hold.
-        rounds: Whether a rank with several stages takes micro-batches in rounds, as many as there are ranks, and
-            each stage all of a round; otherwise each stage one micro-batch.
+        rounds: Whether a rank with several stages takes micro-batches in rounds (``Pipeline.num_rounds``), a whole
+            round through each stage; otherwise one micro-batch.
         in_order: Whether a rank keeps to that order among actions of one kind, also where a later one is ready. Caps
             of a rank need it (see the note in ``scheduler``).
         style: How stages are placed where nobody says it: ``"line"`` one stage a rank, ``"loop"``, or ``"v"``.
@@ -91,8 +104,8 @@ class Policy:
     def priority(self, action: Action, pipeline: Pipeline) -> tuple[int, int, int, int]:
         """Return a number that is least for the best action: by kind, round, stage, micro-batch."""
         kind, stage, microbatch = action
-        size = pipeline.num_ranks if self.rounds else 1
-        return self.prefer.index(kind), microbatch // size, stage if kind == "F" else -stage, microbatch
+        turn = microbatch * pipeline.num_rounds // pipeline.num_microbatches if self.rounds else microbatch
+        return self.prefer.index(kind), turn, stage if kind == "F" else -stage, microbatch
 
 
 def to_the_end(pipeline: Pipeline) -> Caps:
@@ -100,28 +113,29 @@ def to_the_end(pipeline: Pipeline) -> Caps:
     return unlimited(pipeline)._replace(stage=[pipeline.num_stages - stage for stage in range(pipeline.num_stages)])
 
 
-def looped(pipeline: Pipeline) -> Caps:
+def looped(pipeline: Pipeline, back: int = 2) -> Caps:
     """Let a rank hold what it has to until the first gradient comes back, and one micro-batch more.
 
     With v stages a rank and n stages after the rank's last one that is a round for each stage but the last, one
-    micro-batch, and n; 2n if v > 1, where the way back leads past ranks that are busy (Narayanan et al., arXiv
-    2104.04473; Megatron's number of warm-up passes plus one). Where v = 1 it is the cap of ``1f1b``. If, on an
-    irregular placement, the way to the end comes twice to one rank, its last stage gets a round at least: that
-    rank passes nothing back from the former stage before its latter one has done a round.
+    micro-batch, and n. If v > 1 it is ``back`` times n: 2 where a B on the way back takes two units (Narayanan et
+    al., arXiv 2104.04473; one more than Megatron's number of warm-up passes), 1 where an I takes one. If v = 1 it is
+    the cap of ``1f1b``. If, on an irregular placement, the way to the end comes twice to one rank, the last stage
+    before gets a round at least: that rank passes nothing back from its former stage before its latter one has done a
+    round.
     """
     ranks: list[float] = []
     for stages in pipeline.stages_by_rank:
         onward = pipeline.placement[stages[-1] + 1 :] if stages else ()
-        depth = 1 + len(onward) * (2 if len(stages) > 1 else 1)
+        depth = 1 + len(onward) * (back if len(stages) > 1 else 1)
         if len(set(onward)) < len(onward):
-            depth = max(depth, pipeline.num_ranks)
-        ranks.append(max(0, len(stages) - 1) * pipeline.num_ranks + depth)
+            depth = max(depth, pipeline.round_size)
+        ranks.append(max(0, len(stages) - 1) * pipeline.round_size + depth)
     return unlimited(pipeline)._replace(rank=ranks, kept=ranks)
 
 
 def looped_evenly(pipeline: Pipeline) -> Caps:
-    """As ``looped``, but every rank may keep as many activations as the rank that keeps most."""
-    caps = looped(pipeline)
+    """As ``looped`` for split passes, but every rank may keep activations of as many as the rank that keeps most."""
+    caps = looped(pipeline, back=1)
     return caps._replace(kept=[max(caps.kept)] * len(caps.kept))
 
 
@@ -157,18 +171,24 @@ ONE_F_ONE_B = Policy("1f1b", prefer=("B", "F"), caps=to_the_end)
 # interleaved_1f1b (Narayanan et al., arXiv 2104.04473): v stages a rank, the bubble is a v-th of that of 1f1b.
 # Two ranks, four stages, two micro-batches:
 #
-#   rank 1  0F0 0F1 2F0 2F1     2B0---- 2B1---- 0B0---- 0B1----
-#   rank 0      1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1----      (see the tests for the exact table)
+#   rank 1  0F0 0F1 2F0 2F1         2B0----     2B1---- 0B0---- 0B1----
+#   rank 0      1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1----
 INTERLEAVED = Policy("interleaved_1f1b", ("F", "B"), looped, rounds=True, in_order=True, style="loop")
 
-# zb1p (ZB-H1: Qi et al., arXiv 2401.10241): the gradients of weights fill what 1f1b leaves idle at the end; no rank
-# keeps more activations than the first stage of 1f1b. Three stages, four micro-batches:
+# zb1p (ZB-H1: Qi et al., arXiv 2401.10241): gradients of weights fill what 1f1b leaves idle. No rank keeps more
+# activations than the first stage of 1f1b. Three ranks, one stage each, four micro-batches:
 #
-#   stage 0  0F0 0F1 0F2     0I0 0F3 0W0 ...
+#   rank 2  0F0 0F1 0F2         0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
+#   rank 1      1F0 1F1     1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
+#   rank 0          2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
 ZB1P = Policy("zb1p", ("F", "I", "W"), looped_evenly, rounds=True, in_order=True, style="loop")
 
-# zbv (ZB-V, same paper): two stages a rank, on the way down and on the way up; first and last stage on rank 0. No
-# bubble but the first way down if F, I and W take the same time and there are 2p-1 micro-batches or more.
+# zbv (ZB-V, same paper): two stages a rank, one on the way down and one on the way up; first and last stage on rank
+# 0. If F, I and W take the same time and there are 2p-1 micro-batches or more, ranks wait only for the first
+# micro-batch to come. Two ranks, three micro-batches:
+#
+#   rank 1      1F0 2F0 1F1 2F1 2I0 1I0 2W0 1F2 2I1 1I1 1W0 2F2 2W1 1W1 2I2 1I2 2W2 1W2
+#   rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1 0I1 0W1 3F2 3I2 3W2     0I2 0W2
 ZBV = Policy("zbv", ("F", "I", "W"), folded, style="v")
 
 # Evaluation: no backward pass, nothing is held.

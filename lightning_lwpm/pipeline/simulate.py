@@ -139,7 +139,9 @@ def bound(table: Table, placement: Sequence[int], seconds: Costs = unit, latency
         forward = list(accumulate((way("F", stage, microbatch) for stage in stages), initial=0.0))
         backward = list(accumulate((way(back, s, microbatch) if back else 0.0 for s in stages), initial=0.0))
         head = [min(pair) for pair in zip(head, forward[:-1], strict=True)]
-        tail = [min(pair) for pair in zip(tail, backward[:-1], strict=True)]
+        # From the end of the stage's own backward pass: the way of its gradient, too.
+        ways = (backward[s + 1] - seconds(Action(back, s, microbatch)) if back else 0.0 for s in stages)
+        tail = [min(pair) for pair in zip(tail, ways, strict=True)]
         last = seconds(Action("W", 0, microbatch)) if "W" in kinds else 0.0
         longest = max(longest, forward[-1] + backward[-1] + last)
     for rank, actions in enumerate(table):

@@ -1,13 +1,16 @@
 """The scheduler makes the classical tables, and every table is complete, ordered and within its cap."""
 
-from itertools import chain
+from itertools import chain, product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.policies import Pipeline, unlimited
 from lightning_lwpm.pipeline.schedule import (
     ONE_F_ONE_B,
+    POLICIES,
     SCHEDULES,
     Action,
     Policy,
@@ -17,7 +20,7 @@ from lightning_lwpm.pipeline.schedule import (
     place,
     unit,
 )
-from lightning_lwpm.pipeline.simulate import simulate
+from lightning_lwpm.pipeline.simulate import bound, kept_by_ranks, rendezvous, simulate
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 9)]
 
@@ -125,12 +128,124 @@ def test_any_costs_give_a_complete_table(costs, latency):
     assert all(held <= 4 - stage for stage, held in enumerate(result.peak_in_flight))
 
 
-def test_several_stages_on_one_rank():
-    placement = [1, 0, 1, 0]
-    table = list_schedule(Policy("looped", prefer=("B", "F")), 4, 3, placement)
-    assert sum(map(len, table)) == 2 * 4 * 3
-    assert all(placement[action.stage] == rank for rank, actions in enumerate(table) for action in actions)
-    simulate(table, placement)
+def by_rank(name, num_stages, m, num_ranks):
+    """Draw a table at unit costs: a line a rank, rank 0 last."""
+    table = build(name, num_stages, m, num_ranks)
+    style = POLICIES[name].style
+    starts = simulate(table, place(num_stages, num_ranks, "v" if style == "v" else "loop")).starts
+    lines = []
+    for actions in reversed(table):
+        line = ""
+        for action in actions:
+            line = line.ljust(int(starts[action]) * 4) + f"{action}" + ("---- " if action.kind == "B" else " ")
+        lines.append(line.rstrip())
+    return lines
+
+
+def test_interleaved():
+    expected = """
+        0F0 0F1 2F0 2F1         2B0----     2B1---- 0B0---- 0B1----
+            1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1----
+    """
+    assert by_rank("interleaved_1f1b", 4, 2, 2) == drawing(expected)
+
+
+def test_zb1p():
+    expected = """
+        0F0 0F1 0F2         0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
+            1F0 1F1     1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
+                2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
+    """
+    assert by_rank("zb1p", 3, 4, 3) == drawing(expected)
+
+
+def test_zbv():
+    expected = """
+            1F0 2F0 1F1 2F1 2I0 1I0 2W0 1F2 2I1 1I1 1W0 2F2 2W1 1W1 2I2 1I2 2W2 1W2
+        0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1 0I1 0W1 3F2 3I2 3W2     0I2 0W2
+    """
+    assert by_rank("zbv", 4, 3, 2) == drawing(expected)
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+@pytest.mark.parametrize("name", ["interleaved_1f1b", "zb1p", "zbv"])
+def test_several_stages_a_rank(name, p):
+    """Complete, ordered, within the caps, free of deadlock, as long as published, and never longer than 1f1b."""
+    policy = POLICIES[name]
+    for v, m in product([2] if name == "zbv" else range(1, 9), range(1, 9)):
+        table, placement = build(name, p * v, m, p), place(p * v, p, "v" if name == "zbv" else "loop")
+        assert_complete_and_ordered(table, policy, placement, m)
+        assert_within_caps(table, policy, placement, m)
+        rendezvous(table, placement)
+        makespan, least = simulate(table, placement).makespan, bound(table, placement)
+        work, one_f_one_b = 3 * v * m, 3 * v * (m + p - 1)
+        assert least <= makespan <= one_f_one_b
+        if name == "interleaved_1f1b" and m >= p:  # bubble: (p-1)(F+B) of a stage that is a v-th of 1f1b's
+            assert makespan == least == work + 3 * (p - 1)
+        if (name == "zb1p" and m >= p) or (name == "zbv" and m >= 2 * p - 1):  # bubble: (p-1)(F+I-W)
+            assert makespan == least == work + (p - 1)
+
+
+def test_zb1p_keeps_no_more_than_1f1b():
+    for p, m in SIZES:
+        kept = [kept_by_ranks(build(name, p, m, p), [1] * p) for name in ("zb1p", "1f1b")]
+        assert max(kept[0]) == max(kept[1]) == min(p, m)
+
+
+def assert_complete_and_ordered(table, policy, placement, m):
+    num_stages = len(placement)
+    wanted = {Action(k, s, i) for k in policy.prefer for s in range(num_stages) for i in range(m)}
+    assert sum(map(len, table)) == len(wanted) and wanted == set(chain(*table))
+    for rank, actions in enumerate(table):
+        upcoming = dict.fromkeys(product(policy.prefer, range(num_stages)), 0)
+        for kind, stage, microbatch in actions:
+            assert placement[stage] == rank
+            assert microbatch == upcoming[kind, stage]
+            upcoming[kind, stage] += 1
+
+
+def assert_within_caps(table, policy, placement, m):
+    caps = policy.caps(Pipeline(len(placement), m, tuple(placement)))
+    in_flight = simulate(table, placement).peak_in_flight
+    assert all(held <= cap for held, cap in zip(in_flight, caps.stage, strict=True))
+    assert all(k <= cap for k, cap in zip(kept_by_ranks(table, [1] * len(placement)), caps.kept, strict=True))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_costs_latency_and_placement(data):
+    policy = POLICIES[data.draw(st.sampled_from(sorted(POLICIES)), "schedule")]
+    placement = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=10), "placement")
+    m = data.draw(st.integers(1, 10), "micro-batches")
+    times = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=4, max_size=4), "times")
+    slow = data.draw(st.integers(0, len(placement) - 1), "slow stage")
+    latency = data.draw(st.sampled_from([0.0, 0.3, 2.0]), "latency")
+
+    def costs(action):
+        return times["FBIW".index(action.kind)] * (3 if action.stage == slow else 1)
+
+    table = list_schedule(policy, len(placement), m, placement, costs, latency)
+    assert_complete_and_ordered(table, policy, placement, m)
+    assert_within_caps(table, policy, placement, m)
+    rendezvous(table, placement)
+    least = bound(table, placement, costs, latency)
+    assert simulate(table, placement, costs, latency).makespan >= least - 1e-9
+
+
+def test_a_stage_that_comes_again_on_the_same_rank():
+    # A module that is called at the beginning and at the end; rank 2 has nothing to do.
+    table = build("1f1b", 3, 2, 3, placement=[0, 1, 0])
+    assert [len(actions) for actions in table] == [8, 4, 0]
+    assert str(table[0]) == "[0F0, 0F1, 2F0, 2B0, 2F1, 2B1, 0B0, 0B1]"
+
+
+def test_placement():
+    assert place(6, 3) == [2, 1, 0, 2, 1, 0] and place(5, 2) == [0, 1, 0, 1, 0]
+    assert place(6, 3, "v") == [0, 1, 2, 2, 1, 0] and place(4, 1, "v") == [0, 0, 0, 0]
+    with pytest.raises(ConfigurationError, match="style='w'"):
+        place(4, 2, "w")
+    with pytest.raises(ConfigurationError, match=r"placement=\[0, 2\]: give each of 2 stages a rank from 0 to 1"):
+        build("1f1b", 2, 2, 2, placement=[0, 2])
 
 
 def test_surplus_ranks_do_nothing():

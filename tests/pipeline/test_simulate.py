@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.schedule import SCHEDULES, Action, Policy, build, forward_only, list_schedule, place, unit
-from lightning_lwpm.pipeline.simulate import Deadlock, Message, adjacent, channels, rendezvous, simulate
+from lightning_lwpm.pipeline.simulate import (
+    Deadlock,
+    Message,
+    adjacent,
+    bound,
+    channels,
+    kept_by_ranks,
+    rendezvous,
+    simulate,
+)
 
 
 def table(*ranks):
@@ -122,6 +131,39 @@ def test_latency_may_depend_on_the_action():
 def test_latency_costs_1f1b_more_than_gpipe():
     makespans = [simulate(build(name, 4, 16, 4), place(4), unit, 0.25).makespan for name in ("gpipe", "1f1b")]
     assert makespans[0] < makespans[1]
+
+
+def test_split_backward_passes_keep_activations_until_w():
+    result = simulate(table("1F0 1I0 1F1 1I1 1W0 1W1", "0F0 0F1 0I0 0I1 0W0 0W1"), place(2))
+    assert result.peak_in_flight == (2, 1)
+    assert result.peak_kept == (2, 2)
+
+
+def test_what_a_rank_keeps_is_summed_over_its_stages():
+    assert kept_by_ranks(table("0F0 1F0 1B0 0B0"), [3.0, 0.5]) == [3.5]
+    assert kept_by_ranks(table("0F0 1F0", ""), [3.0, 0.5]) == [3.5, 0.0]
+
+
+def test_gradients_of_inputs_are_sent_and_those_of_weights_are_not():
+    pairs = channels(build("zb1p", 2, 2, 2), place(2))
+    assert [f"{m.producer}>{m.consumer}" for m in pairs[0, 1]] == ["1I0>0I0", "1I1>0I1"]
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_the_bound_is_reached_where_stages_are_even(name):
+    for p, m in [(1, 3), (3, 1), (4, 2), (4, 8)]:
+        assert bound(build(name, p, m, p), place(p)) == (m + p - 1) * 3
+
+
+def test_bound_by_hand():
+    # Rank 0 has the slow stage 1: 1 + 0.5 until its first action, 2 * (4 + 4), 0.5 + 2 back.
+    slow = build("gpipe", 2, 2, 2)
+    assert bound(slow, place(2), lambda a: 4.0 if a.stage == 1 else unit(a), 0.5) == 1.5 + 16 + 2.5
+    # One micro-batch: its way there and back. Split: the last weights' gradient on top.
+    assert bound(build("gpipe", 3, 1, 3), place(3), latency=1.0) == 3 * 3 + 4
+    assert bound(build("zb1p", 3, 1, 3), place(3)) == 7
+    assert bound([[], []], []) == 0.0
+    assert bound(forward_only(2, 3, 2), place(2)) == 4
 
 
 def test_evaluation_holds_one_micro_batch():
