@@ -7,7 +7,7 @@ from rich.console import Console
 from lightning_lwpm.partition.units import human_seconds
 from lightning_lwpm.tuning.choose import Choice
 
-__all__ = ["show_plan"]
+__all__ = ["considered", "show_plan"]
 
 
 def show_plan(choice: Choice) -> None:
@@ -19,8 +19,7 @@ def show_plan(choice: Choice) -> None:
     plan = choice.plan
     Console().print(plan.table())
     if len(choice.considered) > 1:
-        times = ", ".join(f"{count}: {human_seconds(seconds)}" for count, seconds in choice.considered.items())
-        Console().print(f"expected time of a batch by number of micro-batches: {times}", style="dim")
+        Console().print(considered(choice), style="dim")
     stages = len(plan.stages)
     if stages < plan.num_ranks:
         warnings.warn(
@@ -28,3 +27,9 @@ def show_plan(choice: Choice) -> None:
             f"{plan.num_ranks} devices have no stage and stay idle. Use `devices={stages}`.",
             stacklevel=2,
         )
+
+
+def considered(choice: Choice) -> str:
+    """What other numbers of micro-batches would have taken."""
+    times = ", ".join(f"{count}: {human_seconds(seconds)}" for count, seconds in choice.considered.items())
+    return f"expected time of a batch by number of micro-batches: {times}"

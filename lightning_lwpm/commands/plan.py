@@ -16,6 +16,7 @@ from rich.table import Table
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_bytes, human_seconds
+from lightning_lwpm.report import considered
 from lightning_lwpm.training.survey import SurveyStrategy
 from lightning_lwpm.tuning.choose import Choice
 
@@ -70,6 +71,7 @@ def _show(choices: dict[int, Choice | ConfigurationError], args: argparse.Namesp
             table = choice.plan.table()
             table.title = f"{devices} device{'s' if devices != 1 else ''}"
             console.print(table)
+            console.print(considered(choice), style="dim")
     if not plans:
         raise ConfigurationError("no plan fits any of these numbers of devices")
     console.print(_overview(plans))
