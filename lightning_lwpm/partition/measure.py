@@ -73,13 +73,18 @@ def time_segment(
     first = sum(map(sum, rounds(1, 1))) * _HELD  # also warms up
     count = max(1, min(_MOST_ROUNDS, round(seconds / max(first, 1e-9))))
     forwards, backwards = rounds(count)
-    forward, backward = statistics.median(forwards), statistics.median(backwards)
+    forward, backward = _typical(forwards), _typical(backwards)
     if not (train and parameters):
         return CallCost(forward, backward if train else 0.0, 0.0)
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
     _, rest = rounds(max(1, count // 2), _HELD // 2)
-    return CallCost(forward, backward, max(0.0, backward - statistics.median(rest)))
+    return CallCost(forward, backward, max(0.0, backward - _typical(rest)))
+
+
+def _typical(seconds: list[float]) -> float:
+    """The median of the quicker half: whatever else a machine does only adds time."""
+    return statistics.median(sorted(seconds)[: (len(seconds) + 1) // 2])
 
 
 class _Clock:

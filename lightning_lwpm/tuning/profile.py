@@ -8,6 +8,7 @@
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -23,10 +24,16 @@ from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.measure import time_segment
 from lightning_lwpm.partition.segment import Segment
 from lightning_lwpm.partition.undo import generators_kept
+from lightning_lwpm.partition.units import human_seconds
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.tuning.cache import CostCache
 
 __all__ = ["profile"]
+
+_BUDGET_SECONDS = 60.0
+"""Timing ends after so long, the most work first; what is left is estimated."""
+
+_CONSOLE = Console(stderr=True)
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -66,7 +73,8 @@ def profile(
         own, shares = _shared_out(seen, known, _workers(mailbox.world, device))
     shares = mailbox.broadcast((key, "segments"), shares, what="the layers to time")
     if mailbox.rank and mailbox.rank < len(shares):
-        own = [pickle.loads(segment) for segment in shares[mailbox.rank]]
+        own = [segment for data in shares[mailbox.rank] if (segment := _unpacked(data)) is not None]
+    began = time.monotonic()
     found = _time_all(own, root, device, train, context, mailbox.rank == 0) if own else {}
     if shares:
         gathered = mailbox.gather((key, "seconds"), found, "the times of all layers")
@@ -76,6 +84,10 @@ def profile(
         cache.write(found)
         known |= found
         costs = filled(seen.timeline, _of_calls(seen, known), link)
+        if found:
+            took = human_seconds(time.monotonic() - began)
+            calls = len(seen.segments)
+            _CONSOLE.print(f"timed {len(found)} distinct layers of {calls} layer calls in {took}", style="dim")
     return mailbox.broadcast((key, "costs"), costs, what="the costs of the layers")
 
 
@@ -123,13 +135,25 @@ def _packed(segment: Segment) -> bytes | None:
         return None
 
 
+def _unpacked(data: bytes) -> Segment | None:
+    """The segment; ``None`` if this process does not know a function in it."""
+    try:
+        segment: Segment = pickle.loads(data)
+    except Exception:
+        return None
+    return segment
+
+
 def _time_all(
     segments: Sequence[Segment], root: nn.Module, device: torch.device, train: bool, context: Context, show: bool
 ) -> dict[str, CallCost]:
-    """Time segments; one that fails by itself is left out."""
+    """Time segments; one that fails by itself is left out, and so are those for which there is no time."""
     found: dict[str, Any] = {}
+    end = time.monotonic() + _BUDGET_SECONDS
     with generators_kept(device):
-        for segment in track(segments, "timing layers", console=Console(stderr=True), transient=True, disable=not show):
+        for segment in track(segments, "timing layers", console=_CONSOLE, transient=True, disable=not show):
+            if time.monotonic() > end:
+                break
             with suppress(Exception):
                 found[segment.digest] = time_segment(segment, root, device, train, context=context)
     return found
