@@ -95,7 +95,7 @@ def build(
     """
     counts = {"num_stages": num_stages, "num_microbatches": num_microbatches, "num_ranks": num_ranks}
     if name == "auto":
-        ranks = _placement(counts, placement, "auto", "line" if num_stages <= num_ranks else "loop")
+        ranks = _placement(counts, placement, "auto", "loop")
         return _padded(best_table(ranks, num_microbatches, costs, latency, memory, split), num_ranks)
     if name not in POLICIES:
         known = ["auto", *POLICIES]

@@ -25,13 +25,13 @@ from lightning_lwpm.pipeline.simulate import bound, kept_by_ranks, rendezvous, s
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 9)]
 
 
-def staircase(table, num_stages):
-    """Draw a table at unit costs: a line a stage, four characters a time unit, one action (F) or two of them (B)."""
-    starts = simulate(table, place(num_stages)).starts
+def staircase(table, placement):
+    """Draw a table at unit costs: a line a rank, rank 0 last, four characters a time unit; a B takes two units."""
+    starts = simulate(table, placement).starts
     lines = []
-    for stage in range(num_stages):
+    for actions in reversed(table):
         line = ""
-        for action in table[place(num_stages)[stage]]:
+        for action in actions:
             line = line.ljust(int(starts[action]) * 4) + f"{action}" + ("---- " if action.kind == "B" else " ")
         lines.append(line.rstrip())
     return lines
@@ -50,7 +50,7 @@ def test_gpipe():
             1F0 1F1 1F2 1F3             1B0---- 1B1---- 1B2---- 1B3----
                 2F0 2F1 2F2 2F3 2B0---- 2B1---- 2B2---- 2B3----
     """
-    assert staircase(build("gpipe", 3, 4, 3), 3) == drawing(expected)
+    assert staircase(build("gpipe", 3, 4, 3), place(3)) == drawing(expected)
 
 
 def test_1f1b():
@@ -59,7 +59,7 @@ def test_1f1b():
             1F0 1F1         1B0---- 1F2 1B1---- 1F3 1B2----     1B3----
                 2F0 2B0---- 2F1 2B1---- 2F2 2B2---- 2F3 2B3----
     """
-    assert staircase(build("1f1b", 3, 4, 3), 3) == drawing(expected)
+    assert staircase(build("1f1b", 3, 4, 3), place(3)) == drawing(expected)
 
 
 def test_1f1b_with_fewer_micro_batches_than_stages():
@@ -69,12 +69,12 @@ def test_1f1b_with_fewer_micro_batches_than_stages():
                 2F0 2F1         2B0----     2B1----
                     3F0 3B0---- 3F1 3B1----
     """
-    assert staircase(build("1f1b", 4, 2, 4), 4) == drawing(expected)
+    assert staircase(build("1f1b", 4, 2, 4), place(4)) == drawing(expected)
 
 
 def test_one_stage():
-    assert staircase(build("1f1b", 1, 2, 1), 1) == ["0F0 0B0---- 0F1 0B1----"]
-    assert staircase(build("gpipe", 1, 2, 1), 1) == ["0F0 0F1 0B0---- 0B1----"]
+    assert staircase(build("1f1b", 1, 2, 1), place(1)) == ["0F0 0B0---- 0F1 0B1----"]
+    assert staircase(build("gpipe", 1, 2, 1), place(1)) == ["0F0 0F1 0B0---- 0B1----"]
 
 
 def test_forward_only():
@@ -82,7 +82,7 @@ def test_forward_only():
         0F0 0F1 0F2
             1F0 1F1 1F2
     """
-    assert staircase(forward_only(2, 3, 2), 2) == drawing(expected)
+    assert staircase(forward_only(2, 3, 2), place(2)) == drawing(expected)
 
 
 @pytest.mark.parametrize(("p", "m"), SIZES)
@@ -128,26 +128,12 @@ def test_any_costs_give_a_complete_table(costs, latency):
     assert all(held <= 4 - stage for stage, held in enumerate(result.peak_in_flight))
 
 
-def by_rank(name, num_stages, m, num_ranks):
-    """Draw a table at unit costs: a line a rank, rank 0 last."""
-    table = build(name, num_stages, m, num_ranks)
-    style = POLICIES[name].style
-    starts = simulate(table, place(num_stages, num_ranks, "v" if style == "v" else "loop")).starts
-    lines = []
-    for actions in reversed(table):
-        line = ""
-        for action in actions:
-            line = line.ljust(int(starts[action]) * 4) + f"{action}" + ("---- " if action.kind == "B" else " ")
-        lines.append(line.rstrip())
-    return lines
-
-
 def test_interleaved():
     expected = """
         0F0 0F1 2F0 2F1         2B0----     2B1---- 0B0---- 0B1----
             1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1----
     """
-    assert by_rank("interleaved_1f1b", 4, 2, 2) == drawing(expected)
+    assert staircase(build("interleaved_1f1b", 4, 2, 2), place(4, 2)) == drawing(expected)
 
 
 def test_zb1p():
@@ -156,7 +142,7 @@ def test_zb1p():
             1F0 1F1     1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
                 2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
     """
-    assert by_rank("zb1p", 3, 4, 3) == drawing(expected)
+    assert staircase(build("zb1p", 3, 4, 3), place(3)) == drawing(expected)
 
 
 def test_zbv():
@@ -164,7 +150,7 @@ def test_zbv():
             1F0 2F0 1F1 2F1 2I0 1I0 2W0 1F2 2I1 1I1 1W0 2F2 2W1 1W1 2I2 1I2 2W2 1W2
         0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1 0I1 0W1 3F2 3I2 3W2     0I2 0W2
     """
-    assert by_rank("zbv", 4, 3, 2) == drawing(expected)
+    assert staircase(build("zbv", 4, 3, 2), place(4, 2, "v")) == drawing(expected)
 
 
 @pytest.mark.parametrize("p", range(1, 9))
