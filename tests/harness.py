@@ -13,6 +13,7 @@ from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import probe
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
@@ -20,6 +21,7 @@ from lightning_lwpm.staging.placement import place
 from lightning_lwpm.staging.randomness import python_random
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
+Schedule = str | Callable[[int], Table]
 
 
 def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Transport | None]:
@@ -44,7 +46,7 @@ def engine(
     step: Step,
     sample: Any,
     partition: Any = "auto",
-    schedule: str = "1f1b",
+    schedule: Schedule = "1f1b",
     placement: Sequence[int] | None = None,
 ) -> Engine:
     """An engine for ``model`` over ``world`` ranks, which all build the same model.
@@ -68,7 +70,7 @@ def train_pipelined(
     step: Step,
     batches: list[Any],
     num_microbatches: int = 4,
-    schedule: str = "1f1b",
+    schedule: Schedule = "1f1b",
     partition: Any = "auto",
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     placement: Sequence[int] | None = None,

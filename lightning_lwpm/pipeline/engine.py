@@ -11,18 +11,9 @@ from lightning_lwpm.pipeline.exchange import Item, exchanges
 from lightning_lwpm.pipeline.executor import Executor
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
-from lightning_lwpm.pipeline.schedule import (
-    FORWARD_ONLY,
-    SCHEDULES,
-    Action,
-    Table,
-    build,
-    forward_only,
-    list_schedule,
-    place,
-)
+from lightning_lwpm.pipeline.rendezvous import Message, channels
+from lightning_lwpm.pipeline.schedule import Action, Table, build, forward_only, place
 from lightning_lwpm.pipeline.shared import SharedGradients
-from lightning_lwpm.pipeline.simulate import Message, channels
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
@@ -41,7 +32,8 @@ class Engine:
         root: The model, with this rank's share of the weights.
         layout: The partition.
         device: This rank's device.
-        schedule: Name of the schedule for training.
+        schedule: Name of the schedule for training, or a function from the number of micro-batches to the table; the
+            same on all ranks.
         serial: Number of the first micro-batch; what follows another engine on the same links counts on.
         placement: The rank of each stage; by default one stage a rank, the last one on rank 0.
 
@@ -63,7 +55,7 @@ class Engine:
         root: nn.Module,
         layout: Layout,
         device: torch.device,
-        schedule: str = "1f1b",
+        schedule: str | Callable[[int], Table] = "1f1b",
         serial: int = 0,
         placement: Sequence[int] | None = None,
     ) -> None:
@@ -77,8 +69,8 @@ class Engine:
         self.times = Times()
         self.executor: Executor | None = None
         self.shared: SharedGradients | None = None
-        self._tables: dict[tuple[str, int], Table] = {}
-        self._orders: dict[tuple[str, int], dict[int, list[Message]]] = {}
+        self._tables: dict[tuple[bool, int], Table] = {}
+        self._orders: dict[tuple[bool, int], dict[int, list[Message]]] = {}
         self._postings = Postings()
         self._versions = Versions(root, layout, self.stages)
         found = {}
@@ -122,7 +114,7 @@ class Engine:
         Returns:
             The outputs of ``forward`` on the last stage, ``None`` elsewhere.
         """
-        return self._run(self.schedule, batch, forward, backward, fetch, "train")
+        return self._run(batch, forward, backward, fetch, "train")
 
     def evaluate(
         self,
@@ -132,7 +124,7 @@ class Engine:
         kind: str = "evaluate",
     ) -> list[Any]:
         """Forward passes only. A stage does not wait for later ones, so consecutive batches overlap."""
-        return self._run("", batch, forward, None, fetch, kind)
+        return self._run(batch, forward, None, fetch, kind)
 
     @property
     def record(self) -> list[tuple[Action, float, float]] | None:
@@ -153,34 +145,41 @@ class Engine:
         """The parameters held here of which the gradient is summed over ranks after the schedule."""
         return self.shared.names if self.shared is not None else frozenset()
 
-    def row(self, schedule: str, count: int) -> list[Action]:
+    def row(self, count: int, training: bool = True) -> list[Action]:
         """This rank's actions for ``count`` micro-batches."""
-        table = self._table(schedule, count)
-        return table[self.mailbox.rank] if self.stages else []
+        table = self._table(count, training)
+        return table[self.mailbox.rank] if self.mailbox.rank < len(table) else []
 
-    def _table(self, schedule: str, count: int) -> Table:
-        key = (schedule, count)
+    def _table(self, count: int, training: bool) -> Table:
+        key = (training, count)
         if key not in self._tables:
-            stages = self.layout.num_stages
-            if self.ranks == place(stages):
-                table = build(schedule, stages, count, stages) if schedule else forward_only(stages, count, stages)
+            stages, world = self.layout.num_stages, self.mailbox.world
+            if not training:
+                table = forward_only(stages, count, world, self.ranks)
+            elif callable(self.schedule):
+                table = self.schedule(count)
             else:
-                policy = SCHEDULES[schedule] if schedule else FORWARD_ONLY
-                table = list_schedule(policy, stages, count, self.ranks)
+                table = build(self.schedule, stages, count, world, self.ranks)
+            kinds = {action.kind for row in table for action in row} - {"F", "B"}
+            if kinds:
+                raise ConfigurationError(
+                    f"schedule={self.schedule!r} has actions {sorted(kinds)}, which cannot be run; use one of 'F' and "
+                    "'B' only, such as '1f1b'"
+                )
             self._tables[key] = table
         return self._tables[key]
 
-    def _received(self, schedule: str, count: int) -> dict[int, list[Message]]:
+    def _received(self, count: int, training: bool) -> dict[int, list[Message]]:
         """By rank, what it sends to this one, in order."""
-        key = (schedule, count)
+        key = (training, count)
         if key not in self._orders:
             stages = self.layout.num_stages
             edges = [(producer, consumer) for consumer in range(stages) for producer in range(consumer)]
-            sent = channels(self._table(schedule, count), self.ranks, edges)
+            sent = channels(self._table(count, training), self.ranks, edges)
             self._orders[key] = {source: sent[source, to] for source, to in sent if to == self.mailbox.rank}
         return self._orders[key]
 
-    def _run(self, schedule: str, batch: Batch, forward: Any, backward: Any, fetch: Any, kind: str) -> list[Any]:
+    def _run(self, batch: Batch, forward: Any, backward: Any, fetch: Any, kind: str) -> list[Any]:
         count = len(batch)
         first = self.serial
         self.serial += count
@@ -207,8 +206,9 @@ class Engine:
             return batch.microbatch(i, self.device, executor.step, private=stage != self.stages[-1])
 
         done = (lambda i, out: backward(out, i)) if backward is not None else None
-        row = self.row(schedule, count)
-        self._postings.begin(row, self._received(schedule, count), items)
+        training = backward is not None
+        row = self.row(count, training)
+        self._postings.begin(row, self._received(count, training), items)
         with self._versions.batch():
             outputs = executor.run(row, items, microbatch, forward, done)
         if backward is not None and self.shared is not None:

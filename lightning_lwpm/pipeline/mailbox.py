@@ -211,8 +211,9 @@ class Mailbox:
             ranks: The rank of each stage.
         """
         self.names = [f"rank {r}" for r in range(self.world)]
-        for stage, rank in enumerate(ranks):
-            self.names[rank] = f"stage {stage} (rank {rank})"
+        for rank in set(ranks):
+            stages = [str(stage) for stage, where in enumerate(ranks) if where == rank]
+            self.names[rank] = f"stage{'s' * (len(stages) > 1)} {' and '.join(stages)} (rank {rank})"
         self.label = self.names[self.rank]
 
     def close(self) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_lwpm.pipeline.flight import Item
+from lightning_lwpm.pipeline.rendezvous import Message
 from lightning_lwpm.pipeline.schedule import Action
-from lightning_lwpm.pipeline.simulate import Message
 
 if TYPE_CHECKING:
     from lightning_lwpm.pipeline.exchange import Exchange

@@ -42,7 +42,7 @@ def measure(rank: int, world: int) -> dict[str, Any]:
     assert run.stage is not None
     found = {kind: run.times.seconds(run.stage, kind) for kind in "FB"}
     medians = {kind: run.times.median(run.stage, kind) for kind in "FB"}
-    record, row = run.record, run.row("1f1b", 2)
+    record, row = run.record, run.row(2)
     run.times.clear()
     left = run.times.seconds(run.stage, "F")
     run.mailbox.gather("end", None)
