@@ -53,6 +53,11 @@ class Arrival:
     gradient: Tensor | None = None
     joined: Tensor | None = None
 
+    def release(self) -> None:
+        """Let go of all data: the arrival and its graph hold each other, and whoever keeps the loss keeps both."""
+        del self.tensor
+        self.gradient = self.joined = None
+
 
 @dataclass
 class Flight:

@@ -211,6 +211,8 @@ class Inbox:
                     desk.mailbox.post(rank, "gradient", (item.serial, arrival.name, desk.stage), payload)
             if producer == desk.stage - 1 and not any(count(entry.meta) for entry in agreed):
                 desk.mailbox.post(rank, "backward-done", (item.serial, producer))
+        for arrival in flight.arrivals.values():
+            arrival.release()
 
     def _gradient(self, flight: Flight, name: Name) -> Tensor | None:
         arrival = flight.arrivals.get(name)
