@@ -189,17 +189,19 @@ def test_a_forked_child_does_not_hide_a_death(pool: Any) -> None:
 def _garbage(rank: int, world: int) -> Any:
     """What a trainer that has ended leaves: process groups that have been destroyed, in a reference cycle."""
     mailbox, transport = connect(rank, world)
-    cycle: list[Any] = [mailbox, transport]
+    assert transport is not None
+    cycle: list[Any] = [transport.groups]
     cycle.append(cycle)
     mailbox.gather("end", None)
     dist.destroy_process_group()
     gc.collect()
-    del mailbox, transport, cycle
+    del transport, cycle
     if (child := os.fork()) == 0:
         gc.collect()  # crashed in the destructor of a group
         os._exit(0)
-    enabled = gc.isenabled() and not gc.get_freeze_count()
-    return os.waitpid(child, 0)[1], enabled
+    status = os.waitpid(child, 0)[1]
+    mailbox.close()
+    return status, gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_a_forked_child_destroys_no_process_group(pool: Any) -> None:
