@@ -112,7 +112,10 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             key = storage(tensor)
             if key not in self.saved and key not in self.weights:
-                self.saved[key] = (self.clock, tensor.numel() * tensor.element_size())
+                # one part of a tensor made here keeps the whole of it; a batch lives anyway
+                whole = key in self.born and tensor.layout is torch.strided
+                nbytes = tensor.untyped_storage().nbytes() if whole else tensor.numel() * tensor.element_size()
+                self.saved[key] = (self.clock, nbytes)
                 self.keep.append(tensor)
         return tensor
 

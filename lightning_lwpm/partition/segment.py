@@ -13,15 +13,17 @@ which runs it with its own copy of the layer.
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lwpm.partition.record import Operation
-from lightning_lwpm.staging.tree import flatten, unflatten
+from lightning_lwpm.staging.tree import duplicate, flatten, unflatten
 
 __all__ = ["Segment", "cut"]
 
@@ -54,7 +56,7 @@ class Operand:
             1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
         )
         if self.values is not None:
-            return self.values.to(device)
+            return duplicate(self.values).to(device)  # a copy: the segment may change it in place
         flat = torch.zeros(size, dtype=self.dtype, device=device)
         if self.dtype.is_floating_point or self.dtype.is_complex:
             flat.normal_()
@@ -153,7 +155,7 @@ def _segment(root: nn.Module, names: dict[int, str], piece: Sequence[Operation],
         for tensor in operation.inputs:
             if id(tensor) not in numbers:
                 operands[number(tensor)] = _operand(tensor, names.get(id(tensor), ""))
-        for tensor in operation.outputs:
+        for tensor in [*operation.outputs, *_changed(operation)]:
             made[number(tensor)] = tensor
         steps.append(
             _Step(
@@ -171,10 +173,15 @@ def _segment(root: nn.Module, names: dict[int, str], piece: Sequence[Operation],
     return Segment(tuple(layers), tuple(steps), operands, tuple(results), _digest(root, steps, operands, results))
 
 
+def _changed(operation: Operation) -> list[Tensor]:
+    """What an operation changes without returning it: ``x[...] = y`` makes a new ``x``."""
+    return operation.inputs[:1] if getattr(operation.call, "__name__", "") == "__setitem__" else []
+
+
 def _operand(tensor: Tensor, name: str) -> Operand:
     with torch._C.DisableTorchFunction():
         discrete = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
-        values = tensor.detach().cpu() if discrete and tensor.numel() <= _MAX_VALUES else None
+        values = duplicate(tensor.detach()).cpu() if discrete and tensor.numel() <= _MAX_VALUES else None
         return Operand(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, name, values)
 
 
@@ -191,8 +198,17 @@ def _described(root: nn.Module, call: str | Callable[..., Any]) -> str:
     tensors = [
         (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in [*module.named_parameters(), *module.named_buffers()]
     ]
-    code = getattr(getattr(type(module).forward, "__code__", None), "co_code", b"").hex()
+    code = [_code(getattr(inspect.unwrap(inner.forward), "__code__", None)) for inner in module.modules()]
     return f"{type(module).__module__}.{type(module).__qualname__} {module!r} {module.training} {tensors} {code}"
+
+
+def _code(constant: Any) -> Any:
+    """What a function's code does, without where it stands: instructions, names, and constants (code among them)."""
+    if isinstance(constant, CodeType):
+        return constant.co_code.hex(), constant.co_names, [_code(inner) for inner in constant.co_consts]
+    if isinstance(constant, frozenset):  # the order of its text differs from process to process
+        return sorted(map(repr, constant))
+    return repr(constant)
 
 
 def _plain(spec: Any) -> str:
@@ -202,4 +218,5 @@ def _plain(spec: Any) -> str:
     kind, context, children = spec
     if children is None:
         return repr(context) if kind == "plain" else type(context).__name__
-    return f"{getattr(kind, '__name__', kind)}({', '.join(map(_plain, children))})"
+    keys = context if kind is dict else context[1] if kind in ("dataclass", "mapping") else ""
+    return f"{getattr(kind, '__name__', kind)}{keys}({', '.join(map(_plain, children))})"

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -46,23 +45,28 @@ class CostCache:
     def read(self, digests: Iterable[str]) -> dict[str, CallCost]:
         """What is known of some segments. A file that cannot be read counts as empty."""
         known = self._load()
-        return {digest: CallCost(*known[digest][:3]) for digest in digests if digest in known}
+        return {digest: CallCost(*known[digest]) for digest in digests if digest in known}
 
     def write(self, costs: Mapping[str, CallCost]) -> None:
         """Add costs. A folder that cannot be written is no reason to stop."""
         if self.path is None or not costs:
             return
-        seconds = self._load() | {digest: [c.forward, c.backward, c.weight] for digest, c in costs.items()}
+        seconds = self._load() | {digest: (c.forward, c.backward, c.weight) for digest, c in costs.items()}
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
                 json.dump({"environment": self.environment, "seconds": seconds}, file)
-            os.replace(file.name, self.path)
+            try:
+                os.replace(file.name, self.path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, tuple[float, float, float]]:
+        """Forward, backward and weight seconds of each segment in the file."""
         if self.path is not None:
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                return dict(json.loads(self.path.read_text())["seconds"])
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                seconds = json.loads(self.path.read_text())["seconds"]
+                return {key: (float(f), float(b), float(w)) for key, (f, b, w) in seconds.items()}
         return {}
 
 
