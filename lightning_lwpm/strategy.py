@@ -135,7 +135,7 @@ class LWPMStrategy(ProcessesStrategy):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        module = self.lightning_module
+        module, self._settled_at = self.lightning_module, None
         with self.told("setup"):
             feed = self._prepare(trainer)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
