@@ -1,5 +1,6 @@
 """How much an optimizer keeps for each byte of weights: seen in one step of its like on a small parameter."""
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -21,7 +22,8 @@ def state_factor(optimizers: Iterable[Optimizer]) -> float:
 def _factor(optimizer: Optimizer) -> float:
     weight = nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.zeros_like(weight)
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
+    taken = inspect.signature(type(optimizer)).parameters  # defaults hold more: AdamW sets some that it does not take
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key in taken and key != "params"}
     try:
         like = type(optimizer)([weight], **options)
         like.step()

@@ -38,8 +38,8 @@ def at(looks: Sequence[Look], samples: float) -> Look:
     for look in looks:
         if look.samples == samples:
             return look
-    low = min(looks, key=lambda look: abs(look.samples - samples))
-    high = max(looks, key=lambda look: abs(look.samples - samples))
+    by_distance = sorted(looks, key=lambda look: abs(look.samples - samples))
+    low, high = by_distance[0], by_distance[-1]
     if low.samples == high.samples or _names(low) != _names(high):
         high = Look(0, low.timeline, low.costs)
 
