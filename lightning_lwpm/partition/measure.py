@@ -70,7 +70,7 @@ def time_segment(
                 del results, gradients
         return forwards, backwards
 
-    first = sum(map(sum, rounds(1, 1))) * _HELD  # also warms up
+    first = sum(map(sum, rounds(1)))  # also warms up: memory for all that is held is fetched now
     count = max(1, min(_MOST_ROUNDS, round(seconds / max(first, 1e-9))))
     forwards, backwards = rounds(count)
     forward, backward = _typical(forwards), _typical(backwards)

@@ -28,10 +28,12 @@ class Memory:
 
     A stage ``stage`` of the calls :math:`i, \dots, j-1` needs
 
-    .. math:: parameters_{[i, j)} + f \left(\sum_{k=i}^{j-1} kept_k + boundary_i\right)
-              + \max_{i \le k < j} transient_k + boundary_j
+    .. math:: parameters_{[i, j)} + \max\left(f \left(\sum_{k=i}^{j-1} kept_k + boundary_i + boundary_j\right)
+              + \max_{i \le k < j} transient_k, \; shared_{[i, j)}\right)
 
-    where :math:`f` is the number of its micro-batches in flight, and nothing is sent from the last call.
+    where :math:`f` is the number of its micro-batches in flight: each holds what was received, and has room for the
+    gradients of what was sent. Nothing is sent from the last call. When all are done, the gradients of weights that
+    other stages use too are exchanged.
 
     Args:
         parameters: For each parameter the positions of the calls that use it, and the bytes of its values, gradient
@@ -39,6 +41,8 @@ class Memory:
         kept: For each call the bytes of one micro-batch that it, and the functions after it, keep for backward.
         boundary: For each call the bytes of one micro-batch that are alive just before it; entry 0 unused.
         transient: For each call the most bytes that live only while it runs, forward or backward.
+        shared: As ``parameters``, for those used by several calls: the bytes of one copy of the gradient. In the
+            exchange a stage holds one for each use in other stages, and the sum.
         in_flight: From stage and number of stages to the most micro-batches between their forward and backward pass.
         limits: Bytes of the device of each stage, or of every one; infinite for no limit.
 
@@ -53,6 +57,7 @@ class Memory:
     transient: Sequence[float]
     in_flight: Callable[[int, int], int]
     limits: Sequence[float] | float = math.inf
+    shared: Sequence[tuple[tuple[int, ...], float]] = ()
 
     def __post_init__(self) -> None:
         if not len(self.kept) == len(self.boundary) == len(self.transient):
@@ -88,7 +93,8 @@ class Memory:
 
     def need(self, stage: int, num_stages: int) -> Array:
         """Bytes that a stage needs by (begin, end), of shape (n + 1, n + 1); meaningless where end <= begin."""
-        return self._once + self.in_flight(stage, num_stages) * self._each
+        working = self._transient + self.in_flight(stage, num_stages) * self._each
+        return self._weights + np.maximum(working, self._exchanged)
 
     def feasible(self, stage: int, num_stages: int) -> Mask:
         """Whether a stage of the calls from begin to before end fits its device, of shape (n + 1, n + 1)."""
@@ -98,13 +104,16 @@ class Memory:
         """What the calls from ``begin`` to before ``end`` need as a stage, by what it is for; the sum is the need."""
         flying = self.in_flight(stage, num_stages)
         inside = range(begin, end)
-        return {
-            "weights": sum(nbytes for where, nbytes in self.parameters if any(at in inside for at in where)),
+        working = {
             "activations": flying * sum(self.kept[begin:end]),
             "received": flying * self._edges[begin],
-            "sent": self._edges[end],
+            "sent": flying * self._edges[end],
             "transient": max(self.transient[begin:end]),
         }
+        # the greater of the two moments counts: at work, or the exchange of shared gradients at the end
+        exchange = max(0.0, float(self._exchanged[begin, end]) - sum(working.values()))
+        weights = sum(nbytes for where, nbytes in self.parameters if any(at in inside for at in where))
+        return {"weights": weights, **working, **({"exchange": exchange} if exchange else {})}
 
     def scaled(self, factor: float) -> "Memory":
         """The need with micro-batches of another size, as far as it grows in proportion to the size.
@@ -131,16 +140,27 @@ class Memory:
     @cached_property
     def _each(self) -> Array:
         """What every micro-batch in flight adds."""
-        kept = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))])
-        return kept[None, :] - kept[:, None] + np.array(self._edges)[:, None]
+        kept, edges = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))]), np.array(self._edges)
+        return kept[None, :] - kept[:, None] + edges[:, None] + edges[None, :]
 
     @cached_property
-    def _once(self) -> Array:
-        """What does not depend on how many micro-batches are in flight."""
+    def _transient(self) -> Array:
+        """The hungriest call between begin and end."""
         n = len(self.kept)
         # transient[j - 1] at (i, j): the running maximum along j starts at j = i + 1
-        transient = np.maximum.accumulate(np.triu(np.tile([0.0, *self.transient], (n + 1, 1)), k=1), axis=1)
-        return self._weights + transient + np.array(self._edges)[None, :]
+        return np.maximum.accumulate(np.triu(np.tile([0.0, *self.transient], (n + 1, 1)), k=1), axis=1)
+
+    @cached_property
+    def _exchanged(self) -> Array:
+        """Bytes held while shared gradients are summed: of each its sum, and one of each use outside the stage."""
+        n = len(self.kept)
+        total = np.zeros((n + 1, n + 1))
+        for where, nbytes in self.shared:
+            uses = np.cumsum([0, *(position in where for position in range(n))])
+            inside = uses[None, :] - uses[:, None]
+            outside = uses[-1] - inside
+            total += np.where((inside > 0) & (outside > 0), (1 + outside) * nbytes, 0.0)
+        return total
 
     @cached_property
     def _weights(self) -> Array:

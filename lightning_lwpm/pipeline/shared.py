@@ -74,10 +74,11 @@ class SharedGradients:
                     )
                 if name in mine:
                     assert parameter.grad is not None
-                    flat = to_wire(parameter.grad.contiguous()).clone()
-                    self.transport.send(way(self.rank, other), other, flat)
+                    # as it is: from here on nothing writes into this gradient, the sum is another tensor
+                    self.transport.send(way(self.rank, other), other, to_wire(parameter.grad.contiguous()))
         for name, parameter, holders in self.parameters:
             total: torch.Tensor | None = None
+            parts = 0
             for other in holders:
                 if name not in have[other]:
                     continue
@@ -85,8 +86,14 @@ class SharedGradients:
                     part = parameter.grad
                 else:
                     what = f"the gradient of shared '{name}' from {self.mailbox.names[other]}"
-                    flat = receives[name, other].wait(what)
+                    flat = receives.pop((name, other)).wait(what)
                     part = from_wire(flat, Meta.of(parameter.detach().contiguous()), parameter.device)
-                total = part if total is None else total + part  # type: ignore[operator]
+                if total is None:
+                    total = part
+                elif parts == 1:  # a gradient that is being sent is not written into
+                    total = total + part  # type: ignore[operator]
+                else:
+                    total.add_(part)  # type: ignore[arg-type]
+                parts += 1
             if total is not None:
                 parameter.grad = total if total is not parameter.grad else total.clone()

@@ -29,8 +29,8 @@ def memory():
 def test_every_stage_is_set_against_its_device(memory):
     assert explain(memory, 2, [True] * 4, LABELS).splitlines() == [
         "the model does not fit its devices; the partition that comes closest is",
-        "  stage 0 (embedding … h.0) needs 23.0 GiB: weights 6.0 GiB, activations of 4 micro-batches 16.0 GiB, "
-        "sent 1.0 GiB; its device has 8.0 GiB, too little",
+        "  stage 0 (embedding … h.0) needs 26.0 GiB: weights 6.0 GiB, activations of 4 micro-batches 16.0 GiB, "
+        "sent 4.0 GiB; its device has 8.0 GiB, too little",
         "  stage 1 (h.1 … head) needs 26.0 GiB: weights 6.0 GiB, activations of 4 micro-batches 16.0 GiB, "
         "received 4.0 GiB; its device has 8.0 GiB, too little",
         "use devices with more memory, or a smaller model or batch",
@@ -46,7 +46,7 @@ def test_each_change_is_tried(memory):
 
     schedule = Alternative("schedule='1f1b'", replace(memory, in_flight=to_the_end), 2)
     devices = [Alternative(f"{count} devices", memory, count) for count in (3, 4)]
-    # of 8 GiB, stage 0 needs 6 + 2 * 4 / 8 + 1 / 8 with 32 micro-batches, but 6 + 2 * 4 / 4 + 1 / 4 with 16
+    # of 8 GiB, stage 0 needs 6 + 2 * (4 + 1) / 8 with 32 micro-batches, but 6 + 2 * (4 + 1) / 4 with 16
     text = explain(memory, 2, [True] * 4, LABELS, [microbatches(), [schedule], devices])
     assert text.splitlines()[-2:] == [
         "it would fit with num_microbatches=32 and schedule='1f1b'",

@@ -23,16 +23,26 @@ def memories(draw):
     numbers = st.lists(st.integers(0, 9), min_size=n, max_size=n)
     uses = st.lists(st.integers(0, n - 1), max_size=4).map(tuple)
     parameters = draw(st.lists(st.tuples(uses, st.integers(0, 9)), max_size=6))
-    return Memory(parameters, draw(numbers), draw(numbers), draw(numbers), to_the_end, draw(st.integers(1, 60)))
+    shared = draw(st.lists(st.tuples(uses, st.integers(0, 9)), max_size=3))
+    limit = draw(st.integers(1, 60))
+    return Memory(parameters, draw(numbers), draw(numbers), draw(numbers), to_the_end, limit, shared)
 
 
 def by_hand(memory, stage, num_stages, begin, end):
     n, flying = len(memory.kept), num_stages - stage
-    need = sum(nbytes for where, nbytes in memory.parameters if set(where) & set(range(begin, end)))
-    need += flying * sum(memory.kept[begin:end]) + max(memory.transient[begin:end])
+    inside = set(range(begin, end))
+    weights = sum(nbytes for where, nbytes in memory.parameters if set(where) & inside)
+    working = flying * sum(memory.kept[begin:end]) + max(memory.transient[begin:end])
     if begin > 0:
-        need += flying * memory.boundary[begin]
-    return need + (memory.boundary[end] if end < n else 0)
+        working += flying * memory.boundary[begin]
+    if end < n:
+        working += flying * memory.boundary[end]
+    exchange = sum(
+        (1 + len(set(where) - inside)) * nbytes
+        for where, nbytes in memory.shared
+        if set(where) & inside and set(where) - inside
+    )
+    return weights + max(working, exchange)
 
 
 @given(memories(), st.integers(1, 5), st.data())
@@ -78,9 +88,22 @@ def test_breakdown_names_the_parts():
         "weights": 1000,
         "activations": 2 * 2,
         "received": 2 * 10,
-        "sent": 20,
+        "sent": 2 * 20,
         "transient": 5,
     }
+
+
+def test_shared_gradients_are_exchanged_when_the_rest_is_done():
+    memory = Memory([((0, 2), 100)], [1, 2, 3], [0, 0, 0], [0, 0, 0], to_the_end, shared=[((0, 2), 40)])
+    assert memory.breakdown(0, 3, 0, 1) == {
+        "weights": 100,
+        "activations": 3,
+        "received": 0,
+        "sent": 0,
+        "transient": 0,
+        "exchange": 2 * 40 - 3,
+    }
+    assert "exchange" not in memory.breakdown(0, 1, 0, 3)
 
 
 def test_each_stage_has_its_own_limit():
@@ -98,7 +121,7 @@ def test_smaller_micro_batches_keep_less():
         "weights": 100,
         "activations": 8.0,
         "received": 0,
-        "sent": 2.0,
+        "sent": 4.0,
         "transient": 1.0,
     }
 
