@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from lightning_lwpm.partition.costs import Costs
 from lightning_lwpm.partition.describe import Probe
+from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_seconds
 from lightning_lwpm.tuning.choose import planned
@@ -96,9 +97,14 @@ def review(
     count, schedule = plan.prediction.num_microbatches, plan.prediction.schedule
     look = replace(look, costs=corrected(look.costs, plan, measured))
     cuts = [stage.begins for stage in plan.stages[1:]]
+    now = planned(look, seen, len(plan.stages), replace(wish, partition=cuts), count, schedule)
+    try:
+        better = planned(look, seen, num_ranks, replace(wish, partition="auto"), count, schedule)
+    except NothingFits:  # the user's own partition runs, whatever was expected of it
+        better = now
     return Review(
-        planned(look, seen, len(plan.stages), replace(wish, partition=cuts), count, schedule),
-        planned(look, seen, num_ranks, replace(wish, partition="auto"), count, schedule),
+        now,
+        better,
         tuple(StageTimes(stage.forward_seconds, stage.backward_seconds) for stage in plan.stages),
         tuple(measured),
         look.costs,
