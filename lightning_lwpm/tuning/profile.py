@@ -6,8 +6,8 @@
     rank r                                              my share -> seconds
 """
 
-import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_lwpm.partition.costs import CallCost, Costs, Link, estimate_seconds, filled
 from lightning_lwpm.partition.describe import Probe
-from lightning_lwpm.partition.measure import time_segment
+from lightning_lwpm.partition.measure import CACHE_BYTES, time_segment
 from lightning_lwpm.partition.segment import Segment
 from lightning_lwpm.partition.undo import generators_kept
 from lightning_lwpm.partition.units import human_seconds
@@ -66,14 +66,15 @@ def profile(
         The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs.
     """
     known: dict[str, CallCost] = {}
-    shares: list[list[bytes]] = []
+    shares: dict[int, list[bytes]] = {}
     own: list[Segment] = []
+    timers = _timers(mailbox, key, device)
     if seen is not None:
         known = cache.read({segment.digest for segment in seen.segments})
-        own, shares = _shared_out(seen, known, _workers(mailbox.world, device))
+        own, shares = _shared_out(seen, known, timers)
     shares = mailbox.broadcast((key, "segments"), shares, what="the layers to time")
-    if mailbox.rank and mailbox.rank < len(shares):
-        own = [segment for data in shares[mailbox.rank] if (segment := _unpacked(data)) is not None]
+    if mailbox.rank:
+        own = [segment for data in shares.get(mailbox.rank, ()) if (segment := _unpacked(data)) is not None]
     began = time.monotonic()
     found = _time_all(own, root, device, train, context, mailbox.rank == 0) if own else {}
     if shares:
@@ -100,31 +101,32 @@ def _of_calls(seen: Probe, known: Mapping[str, CallCost]) -> list[CallCost | Non
     ]
 
 
-def _workers(world: int, device: torch.device) -> int:
-    """How many ranks can time at once without being in each other's way."""
-    if device.type != "cpu":
-        return world
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(world, cores // torch.get_num_threads()))
+def _timers(mailbox: Mailbox, key: object, device: torch.device) -> list[int]:
+    """The ranks that time: one for each device, and one for all CPU ranks of a host, whose memory they share."""
+    mine = socket.gethostname(), str(device) if device.type != "cpu" else "cpu"
+    places = mailbox.gather((key, "places"), mine, "the places of all ranks")
+    return [rank for rank, place in enumerate(places) if places.index(place) == rank]
 
 
-def _shared_out(seen: Probe, known: Mapping[str, CallCost], workers: int) -> tuple[list[Segment], list[list[bytes]]]:
+def _shared_out(
+    seen: Probe, known: Mapping[str, CallCost], timers: Sequence[int]
+) -> tuple[list[Segment], dict[int, list[bytes]]]:
     """The segments that rank 0 times, and each rank's share as bytes; what cannot be sent stays with rank 0."""
     work = {}
     for segment, call in zip(seen.segments, seen.timeline.calls, strict=True):
         if segment.digest not in known:
             work[segment.digest] = (estimate_seconds(call.flops, call.bytes_moved), segment)
-    loads, own = [0.0] * workers, list[Segment]()
-    shares: list[list[bytes]] = [[] for _ in range(workers)]
+    loads, own = dict.fromkeys(timers, 0.0), list[Segment]()
+    shares: dict[int, list[bytes]] = {rank: [] for rank in timers}
     for seconds, segment in sorted(work.values(), key=lambda item: -item[0]):
-        least = min(range(workers), key=lambda rank: loads[rank])
+        least = min(timers, key=lambda rank: loads[rank])
         data = _packed(segment) if least else None
         if data is None:
             own.append(segment)
         else:
             shares[least].append(data)
         loads[least if data else 0] += seconds
-    return own, shares if work else []
+    return own, shares if work else {}
 
 
 def _packed(segment: Segment) -> bytes | None:
@@ -150,10 +152,13 @@ def _time_all(
     """Time segments; one that fails by itself is left out, and so are those for which there is no time."""
     found: dict[str, Any] = {}
     end = time.monotonic() + _BUDGET_SECONDS
+    cold = sum(p.numel() * p.element_size() for p in root.parameters()) > CACHE_BYTES
     with generators_kept(device):
         for segment in track(segments, "timing layers", console=_CONSOLE, transient=True, disable=not show):
             if time.monotonic() > end:
                 break
             with suppress(Exception):
-                found[segment.digest] = time_segment(segment, root, device, train, context=context)
+                found[segment.digest] = time_segment(
+                    segment, root, device, train, weights > CACHE_BYTES, context=context
+                )
     return found
