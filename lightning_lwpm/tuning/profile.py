@@ -158,7 +158,5 @@ def _time_all(
             if time.monotonic() > end:
                 break
             with suppress(Exception):
-                found[segment.digest] = time_segment(
-                    segment, root, device, train, weights > CACHE_BYTES, context=context
-                )
+                found[segment.digest] = time_segment(segment, root, device, train, cold, context=context)
     return found
