@@ -313,6 +313,14 @@ def test_more_work_takes_longer() -> None:
     assert 0 < costs[1].weight <= costs[1].backward
 
 
+def test_weights_from_memory() -> None:
+    """Copies of a layer take turns; each is timed with its gradients."""
+    net = nn.Sequential(nn.Linear(64, 64))
+    cost = time_segment(look(net, torch.randn(8, 64)).segments[0], net, CPU, cold=True, seconds=0.0)
+    assert cost.forward > 0 and cost.backward > 0 and 0 <= cost.weight <= cost.backward
+    assert net[0].weight.grad is None
+
+
 def test_evaluation_has_no_backward_pass() -> None:
     net = nn.Sequential(nn.Linear(4, 4)).eval()
     with torch.no_grad():
