@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -114,6 +115,7 @@ def _from_hydra(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any
     from hydra.errors import HydraException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     folder = Path(args.config_dir).resolve()
     if not folder.is_dir():
@@ -130,12 +132,16 @@ def _from_hydra(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any
         )
     L.seed_everything(cfg.get("seed") or 0, verbose=False)
     data = cfg.get("data") or cfg.get("datamodule")
-    trainer = cfg.get("trainer") or {}
-    strategy = trainer.get("strategy")
-    options = OmegaConf.to_container(strategy, resolve=True) if OmegaConf.is_dict(strategy) else {}
+    try:
+        trainer = cfg.get("trainer") or {}
+        strategy = trainer.get("strategy")
+        options = OmegaConf.to_container(strategy, resolve=True) if OmegaConf.is_dict(strategy) else {}
+        model, data = instantiate(cfg.model), instantiate(data) if data else None
+        precision = trainer.get("precision") or "32-true"
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"the configuration {args.config_name!r} in {args.config_dir}: {error}") from error
     assert isinstance(options, dict)
-    chosen = {str(key): value for key, value in options.items() if key in _OURS}
-    return instantiate(cfg.model), instantiate(data) if data else None, chosen, trainer.get("precision") or "32-true"
+    return model, data, {str(key): value for key, value in options.items() if key in _OURS}, precision
 
 
 def _from_class(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any]:
@@ -144,15 +150,37 @@ def _from_class(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any], Any
         raise ConfigurationError(
             "name a Hydra configuration (--config-dir conf) or a class (--model package.module:Class)"
         )
-    kind = _named(args.model, "--model")
-    module = kind.load_from_checkpoint(args.checkpoint, map_location="cpu") if args.checkpoint else kind()
-    return module, _named(args.data, "--data")() if args.data else None, {}, "32-true"
+    kind = _named(args.model, "--model", L.LightningModule)
+    if args.checkpoint:
+        try:
+            module = kind.load_from_checkpoint(args.checkpoint, map_location="cpu")
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"--checkpoint {args.checkpoint}: {error}") from error
+    else:
+        module = _made(kind, "--model", args.model)
+    data = _made(_named(args.data, "--data", L.LightningDataModule), "--data", args.data) if args.data else None
+    return module, data, {}, "32-true"
 
 
-def _named(path: str, option: str) -> Any:
-    """The class that ``package.module:Class`` names."""
+def _made(kind: Any, option: str, path: str) -> Any:
+    """An object of a class that needs no arguments."""
+    try:
+        inspect.signature(kind).bind()
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{option} {path}: {error}. A class is made without arguments here; those of a model may come from a "
+            "--checkpoint, and any from a Hydra configuration (--config-dir conf)."
+        ) from error
+    return kind()
+
+
+def _named(path: str, option: str, base: type) -> Any:
+    """The class that ``package.module:Class`` names, which must be one of a kind."""
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{option} {path}: {error}. Write package.module:Class.") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigurationError(f"{option} {path}: that is no {base.__name__}. Write package.module:Class.")
+    return found
