@@ -63,7 +63,8 @@ def profile(
         link: The connection of the ranks.
 
     Returns:
-        The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs.
+        The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs; so are layers on which
+        hooks do something, which must not hear of it, unless another layer is their like.
     """
     known: dict[str, CallCost] = {}
     shares: dict[int, list[bytes]] = {}
@@ -114,7 +115,7 @@ def _shared_out(
     """The segments that rank 0 times, and each rank's share as bytes; what cannot be sent stays with rank 0."""
     work = {}
     for segment, call in zip(seen.segments, seen.timeline.calls, strict=True):
-        if segment.digest not in known:
+        if segment.digest not in known and not _heard(segment, seen):
             work[segment.digest] = (estimate_seconds(call.flops, call.bytes_moved), segment)
     loads, own = dict.fromkeys(timers, 0.0), list[Segment]()
     shares: dict[int, list[bytes]] = {rank: [] for rank in timers}
@@ -127,6 +128,11 @@ def _shared_out(
             shares[least].append(data)
         loads[least if data else 0] += seconds
     return own, shares if work else {}
+
+
+def _heard(segment: Segment, seen: Probe) -> bool:
+    """Whether hooks of the user's that do something would hear of it, if it ran by itself."""
+    return any(f"{name}.".startswith(f"{layer}.") for name in seen.hooked for layer in segment.layers)
 
 
 def _packed(segment: Segment) -> bytes | None:

@@ -182,6 +182,19 @@ def test_what_cannot_be_unpacked_is_no_reason_to_stop(pool: Pool, tmp_path: Path
     assert all(found[0][0] == costs for found in results)
 
 
+def test_hooks_of_the_user_do_not_hear_of_it(pool: Pool, tmp_path: Path) -> None:
+    """A layer with a hook that keeps what it sees is not timed by itself; its cost is that of its like, or estimated."""
+    heard: list[Tensor] = []
+    net = Net()
+    net.layers[2].register_forward_hook(lambda module, args, out: heard.append(out))
+    net.layers[4].register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    ((costs, timed),) = measured(0, 1, lambda: net, str(tmp_path))
+    check(costs)
+    assert len(heard) == 2, "once each, when the step was looked at"
+    assert [call.measured for call in costs.calls] == [True] * 4 + [False, True]
+    assert not {"layers.2", "layers.4"} & set(timed)
+
+
 def test_recomputed_layers_cost_their_forward_pass_twice(tmp_path: Path) -> None:
     from torch.utils.checkpoint import checkpoint
 
