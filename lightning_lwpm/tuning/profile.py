@@ -63,8 +63,8 @@ def profile(
         link: The connection of the ranks.
 
     Returns:
-        The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs; so are layers on which
-        hooks do something, which must not hear of it, unless another layer is their like.
+        The costs, the same on all ranks. Calls that cannot be run alone are estimated from FLOPs; so are layers with
+        hooks that do something and must not hear of it, unless another layer is their like.
     """
     known: dict[str, CallCost] = {}
     shares: dict[int, list[bytes]] = {}

@@ -183,7 +183,7 @@ def test_what_cannot_be_unpacked_is_no_reason_to_stop(pool: Pool, tmp_path: Path
 
 
 def test_hooks_of_the_user_do_not_hear_of_it(pool: Pool, tmp_path: Path) -> None:
-    """A layer with a hook that keeps what it sees is not timed by itself; its cost is that of its like, or estimated."""
+    """A layer whose hook keeps what it sees is not timed by itself; it costs what its like does, or an estimate."""
     heard: list[Tensor] = []
     net = Net()
     net.layers[2].register_forward_hook(lambda module, args, out: heard.append(out))
