@@ -97,8 +97,9 @@ def measure(model: nn.Module, forward: Callable[[], Any], stages: int, repeat: i
             loss.backward()
         else:
             peers.traces[stage] = step.trace
-            peers.values.update(step.retained)
-            last = [tensor for tensor in step.retained.values() if tensor.grad_fn is not None and tensor.dim() == 3][-1]
+            peers.values.update(step.reach.tensors)
+            made = step.reach.tensors.values()
+            last = [tensor for tensor in made if tensor.grad_fn is not None and tensor.dim() == 3][-1]
             last.backward(torch.ones_like(last))
             peers.values = {
                 name: value.detach().requires_grad_(value.requires_grad) for name, value in peers.values.items()

@@ -181,9 +181,16 @@ class Inbox:
         return Arrival(name, producer, from_wire(flat, meta, self.device), meta, pulled=True)
 
     def _missing(self, flight: Flight, name: Name, producer: int) -> PipelineError:
+        what = f"{tell(name)} is needed by stage {self.desk.stage} but was"
+        if meta_of(flight.known[producer], name) is None:
+            return PipelineError(
+                f"{what} not made by stage {producer} for micro-batch {flight.item.microbatch}: the step took another "
+                "path on different ranks"
+            )
         return PipelineError(
-            f"{tell(name)} is needed by stage {self.desk.stage} but was not made by stage {producer} for "
-            f"micro-batch {flight.item.microbatch}: the step took another path on different ranks"
+            f"{what} let go by stage {producer}, where the step does not refer to it any more: code that only one rank "
+            "runs (`if self.trainer.is_global_zero: ...`) looks at it. Keep it in a variable until the last layer has "
+            "run, and look at it there."
         )
 
     # -- backward ------------------------------------------------------------------------------------------------

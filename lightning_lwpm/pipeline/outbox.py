@@ -70,7 +70,7 @@ class Outbox:
         self._announce(item, step.trace)
         with self.desk.lock:
             self._enlist(item)
-            flight.retained, flight.trace = step.retained, step.trace
+            flight.retained, flight.trace = step.reach.tensors, step.trace
             sending = {t: agreement.active(item.signature, item.serial) for t, agreement in self._agreed.items()}
             self._sent_to = item.serial
             waiting = self._waiting.pop(item.serial, [])
@@ -78,7 +78,7 @@ class Outbox:
             rank = self.desk.ranks[consumer]
             direction = way(self.desk.mailbox.rank, rank)
             for entry in entries:
-                self.transport.send(direction, rank, _payload(step.retained.get(entry.name), entry.meta))
+                self.transport.send(direction, rank, _payload(flight.retained.get(entry.name), entry.meta))
             if consumer == self.desk.stage + 1 and not any(count(entry.meta) for entry in entries):
                 self.desk.mailbox.post(rank, "forward-left", (item.serial, consumer))
             if item.grad:

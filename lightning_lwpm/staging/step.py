@@ -23,6 +23,7 @@ from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import intercepted
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.reach import Reach
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
 from lightning_lwpm.staging.remote import Name, Remote, is_metadata, localise
 from lightning_lwpm.staging.tree import flatten, map_tensors, tensors, unflatten
@@ -55,7 +56,7 @@ class StagedStep(TorchFunctionMode):
         device: The device of remote tensors.
 
     Attributes:
-        retained: Everything that a later stage may ask for, by name.
+        reach: What a later stage may ask for.
         trace: What each call of this stage returned.
     """
 
@@ -64,7 +65,7 @@ class StagedStep(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.stage, self.last, self.units, self.peers, self.device = stage, last, units, peers, device
-        self.retained: dict[Name, Tensor] = {}
+        self.reach = Reach()
         self.trace: Trace = {}
         self.calls: dict[str, int] = {}
         self.unit, self.occurrence, self.index, self.at = "", 0, 0, 0
@@ -99,6 +100,7 @@ class StagedStep(TorchFunctionMode):
                 "`partition=[...]` so that those called in changing order share a stage."
             )
         if stage > self.stage:
+            self.reach.prune()  # here, where all variables of the step are still there
             raise StageExit
         self.unit, self.occurrence, self.index, self.at = unit.name, occurrence, 0, stage
         self.__exit__(None, None, None)  # inside a layer nothing is intercepted: it runs at full speed
@@ -158,6 +160,8 @@ class StagedStep(TorchFunctionMode):
                 if func in HOOKS and type(args[0]) is Remote:
                     args = (args[0].materialise(), *args[1:])
                 args, kwargs = map_tensors(localise, (args, kwargs))
+            if func in VALUES:
+                self.keep((args, kwargs))
             self.index += 1
             return self._real((self.unit, self.occurrence, self.index), _called(func), func, args, kwargs)
         self.index += 1
@@ -190,12 +194,9 @@ class StagedStep(TorchFunctionMode):
         flatten((args, kwargs), arguments)
         versions = [version(tensor) for tensor in arguments]
         out = self._run(func, args, kwargs)
-        record, tensors = observe(called, out, arguments, versions)
+        record, made = observe(called, out, arguments, versions)
         self.trace[key] = record
-        for i, tensor in enumerate(tensors):
-            self.retained[Name(*key, i)] = tensor
-        for i, _ in record.mutated:
-            self.retained[Name(*key, -1 - i)] = arguments[i]
+        self.reach.note(key, record, arguments, made)
         return out
 
     def _run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -278,6 +279,11 @@ class StagedStep(TorchFunctionMode):
         finally:
             self.inside = False
             self.__enter__()
+
+    def keep(self, value: Any) -> None:
+        """Keep the tensors in ``value``, though only a later stage looks at them (a metric, a log call)."""
+        if self.at == self.stage and not self.last:
+            self.reach.keep(tensors(value))
 
     def close(self) -> None:
         """The micro-batch is over: nothing can be fetched any more."""
