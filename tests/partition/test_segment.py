@@ -245,6 +245,14 @@ def test_values_are_those_of_the_step() -> None:
     assert not modules["table"].weight.grad[1:4].any(), "only rows that the step used have a gradient"
 
 
+def test_inputs_have_the_strides_of_the_step() -> None:
+    """What is transposed costs more to multiply; what is expanded takes no more room."""
+    net = nn.Sequential(nn.Linear(3, 2))
+    for x in (torch.randn(3, 4).t(), torch.randn(1, 3).expand(4, 3)):
+        (made,) = look(net, x).segments[0].inputs(CPU).values()
+        assert (made.shape, made.stride()) == (x.shape, x.stride())
+
+
 def test_a_function_may_change_integers_in_place() -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:
@@ -284,6 +292,9 @@ def test_what_has_no_gradient_has_none_alone() -> None:
     segments = look(model, X).segments
     results = [run(segment, model)[0] for segment in segments]
     assert [len(found) for found in results] == [0, 0, 1]
+    env = segments[1].inputs(CPU)
+    segments[1].run(segments[1].modules(model, CPU), env)
+    assert not any(made.requires_grad for made in env.values()), "autograd did not follow it"
     costs = [time_segment(segment, model, CPU, seconds=0.0) for segment in segments]
     assert costs[0].weight == 0 and costs[2].backward > 20 * costs[1].backward
 

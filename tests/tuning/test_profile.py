@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lwpm.partition.costs import Costs, Link
 from lightning_lwpm.partition.probe import probe
+from lightning_lwpm.tuning import link as linking
 from lightning_lwpm.tuning import profile as profiling
 from lightning_lwpm.tuning.cache import CostCache
 from lightning_lwpm.tuning.link import measure_link
@@ -210,13 +211,9 @@ def test_recomputed_layers_cost_their_forward_pass_twice(tmp_path: Path) -> None
 
 
 def test_generators_are_left_alone(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     net = Net()
-    before = torch.get_rng_state()
-    measured(0, 1, lambda: net, str(tmp_path))
-    torch.manual_seed(0)
-    Net()
-    assert torch.equal(torch.get_rng_state(), before)
+    measured(0, 1, lambda: net, str(tmp_path))  # seeds with 0
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(0).get_state())
 
 
 def timers(rank: int, world: int) -> list[list[int]]:
@@ -249,6 +246,23 @@ def test_links_are_measured_alike_on_all_ranks(pool: Pool, world: int) -> None:
         assert 0 < link.latency < 1 and 1e6 < link.bytes_per_second < 1e12
         assert link.seconds(1 << 24) > link.seconds(0)
     assert all(found == results[0] for found in results)
+
+
+def uneven_links(rank: int, world: int) -> Link:
+    """The second pair has twice the latency and half the bandwidth of the first."""
+    mailbox, transport = connect(rank, world)
+    original = linking._turns
+    linking._turns = lambda transport, peer, rank: (0.001 * (1 + rank), 0.101 * (1 + rank))
+    try:
+        return measure_link(mailbox, transport, "uneven")
+    finally:
+        linking._turns = original
+        mailbox.close()
+
+
+def test_the_slowest_link_counts(pool: Pool) -> None:
+    for link in pool.run(3, uneven_links):
+        assert (link.latency, link.bytes_per_second) == (pytest.approx(0.002), pytest.approx((2 << 20) / 0.2))
 
 
 def test_one_rank_has_no_links() -> None:
