@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.segment import Segment, cut
-from lightning_lwpm.partition.timeline import LayerCall, Timeline
+from lightning_lwpm.partition.timeline import Flow, LayerCall, Timeline
 
 __all__ = ["Probe", "describe"]
 
@@ -52,10 +52,12 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
     uses = _uses(root, recorder, layers)
     parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
     buffers = _owned_buffers(root, recorder, layers, uses, changed)
+    flows = _flows(recorder, layers)
     timeline = Timeline(
         _layer_calls(root, recorder, layers, parameters, counter),
-        _bytes_alive(recorder, layers),
+        _bytes_alive(flows, len(layers.calls)),
         _allowed(recorder, layers, [where for name, where in buffers.items() if name in changed]),
+        flows,
     )
     tensors = [*root.named_parameters(), *root.named_buffers()]
     return Probe(
@@ -199,10 +201,21 @@ def _kept(recorder: Recorder, layers: _Layers) -> list[int]:
     return kept
 
 
-def _bytes_alive(recorder: Recorder, layers: _Layers) -> tuple[int, ...]:
-    """Bytes made before each position and used at it or later."""
-    alive = [0] * len(layers.calls)
+def _flows(recorder: Recorder, layers: _Layers) -> tuple[Flow, ...]:
+    """The tensors that are used in a later layer call than the one that made them."""
+    flows = []
     for key, (time, nbytes) in recorder.born.items():
-        for position in range(layers.at(time) + 1, layers.at(recorder.read.get(key, time)) + 1):
-            alive[position] += nbytes
+        born = layers.at(time)
+        uses = sorted({layers.at(read) for read in recorder.reads.get(key, ())} - {born})
+        if uses:
+            flows.append(Flow(born, tuple(uses), nbytes))
+    return tuple(flows)
+
+
+def _bytes_alive(flows: Iterable[Flow], count: int) -> tuple[int, ...]:
+    """Bytes made before each position and used at it or later."""
+    alive = [0] * count
+    for flow in flows:
+        for position in range(flow.born + 1, flow.uses[-1] + 1):
+            alive[position] += int(flow.nbytes)
     return tuple(alive)

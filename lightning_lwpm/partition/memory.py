@@ -18,6 +18,7 @@ import numpy as np
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.search import Array, Mask
+from lightning_lwpm.partition.timeline import Flow
 
 __all__ = ["Memory"]
 
@@ -28,7 +29,7 @@ class Memory:
 
     A stage ``stage`` of the calls :math:`i, \dots, j-1` needs
 
-    .. math:: parameters_{[i, j)} + \max\left(f \left(\sum_{k=i}^{j-1} kept_k + boundary_i + boundary_j\right)
+    .. math:: parameters_{[i, j)} + \max\left(f \left(\sum_{k=i}^{j-1} kept_k + received_{[i, j)} + sent_{[i, j)}\right)
               + \max_{i \le k < j} transient_k, \; shared_{[i, j)}\right)
 
     where :math:`f` is the number of its micro-batches in flight: each holds what was received, and has room for the
@@ -39,11 +40,11 @@ class Memory:
         parameters: For each parameter the positions of the calls that use it, and the bytes of its values, gradient
             and optimizer state. It counts once in each stage that has any of the positions.
         kept: For each call the bytes of one micro-batch that it, and the functions after it, keep for backward.
-        boundary: For each call the bytes of one micro-batch that are alive just before it; entry 0 unused.
         transient: For each call the most bytes that live only while it runs, forward or backward.
         shared: As ``parameters``, for those used by several calls: the bytes of one copy of the gradient. In the
             exchange a stage holds one for each use in other stages, and the sum.
         in_flight: From stage and number of stages to the most micro-batches between their forward and backward pass.
+        flows: The tensors of one micro-batch that are used in later calls than the one that makes them.
         limits: Bytes of the device of each stage, or of every one; infinite for no limit.
 
     Raises:
@@ -53,20 +54,19 @@ class Memory:
 
     parameters: Sequence[tuple[tuple[int, ...], float]]
     kept: Sequence[float]
-    boundary: Sequence[float]
     transient: Sequence[float]
     in_flight: Callable[[int, int], int]
+    flows: Sequence[Flow] = ()
     limits: Sequence[float] | float = math.inf
     shared: Sequence[tuple[tuple[int, ...], float]] = ()
 
     def __post_init__(self) -> None:
-        if not len(self.kept) == len(self.boundary) == len(self.transient):
+        if len(self.kept) != len(self.transient):
             raise ValueError(
-                f"kept, boundary and transient need an entry for each layer call, "
-                f"got {len(self.kept)}, {len(self.boundary)} and {len(self.transient)}"
+                f"kept and transient need an entry for each layer call, got {len(self.kept)} and {len(self.transient)}"
             )
         weights = [nbytes for _, nbytes in self.parameters]
-        for name in ("parameters", "kept", "boundary", "transient"):
+        for name in ("parameters", "kept", "transient"):
             for index, nbytes in enumerate(weights if name == "parameters" else getattr(self, name)):
                 if not 0 <= nbytes < math.inf:
                     raise ValueError(f"{name}[{index}] takes {nbytes!r} bytes: it must be finite and not negative")
@@ -106,8 +106,8 @@ class Memory:
         inside = range(begin, end)
         working = {
             "activations": flying * sum(self.kept[begin:end]),
-            "received": flying * self._edges[begin],
-            "sent": flying * self._edges[end],
+            "received": flying * float(self._received[begin, end]),
+            "sent": flying * float(self._sent[begin, end]),
             "transient": max(self.transient[begin:end]),
         }
         # the greater of the two moments counts: at work, or the exchange of shared gradients at the end
@@ -124,8 +124,8 @@ class Memory:
         return replace(
             self,
             kept=[nbytes * factor for nbytes in self.kept],
-            boundary=[nbytes * factor for nbytes in self.boundary],
             transient=[nbytes * factor for nbytes in self.transient],
+            flows=[replace(flow, nbytes=flow.nbytes * factor) for flow in self.flows],
         )
 
     @property
@@ -133,15 +133,29 @@ class Memory:
         return self.limits if isinstance(self.limits, Sequence) else [self.limits]
 
     @cached_property
-    def _edges(self) -> list[float]:
-        """What crosses each place where a stage may begin or end: nothing at the beginning and at the end."""
-        return [0.0, *self.boundary[1:], 0.0]
-
-    @cached_property
     def _each(self) -> Array:
         """What every micro-batch in flight adds."""
-        kept, edges = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))]), np.array(self._edges)
-        return kept[None, :] - kept[:, None] + edges[:, None] + edges[None, :]
+        kept = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))])
+        return kept[None, :] - kept[:, None] + self._received + self._sent
+
+    @cached_property
+    def _received(self) -> Array:
+        """Bytes of the tensors made before begin and used between begin and end."""
+        sums = _Rectangles(len(self.kept))
+        for flow in self.flows:
+            before = flow.born
+            for at in flow.uses:
+                sums.add(before + 1, at, at + 1, len(self.kept), flow.nbytes)
+                before = at
+        return sums.total()
+
+    @cached_property
+    def _sent(self) -> Array:
+        """Bytes of the tensors made between begin and end and used later."""
+        sums = _Rectangles(len(self.kept))
+        for flow in self.flows:
+            sums.add(0, flow.born, flow.born + 1, flow.uses[-1], flow.nbytes)
+        return sums.total()
 
     @cached_property
     def _transient(self) -> Array:
@@ -165,14 +179,34 @@ class Memory:
     @cached_property
     def _weights(self) -> Array:
         """Bytes of the parameters that are used between begin and end, each counted once."""
-        n = len(self.kept)
         # A use is the first of its parameter in a stage that begins after the use before it, and not after this
-        # one, and ends later: a rectangle of (begin, end). Rectangles are added up by their corners.
-        corners = np.zeros((n + 2, n + 2))
+        # one, and ends later.
+        sums = _Rectangles(len(self.kept))
         for where, nbytes in self.parameters:
             before = -1
             for at in sorted(set(where)):
-                corners[before + 1, at + 1] += nbytes
-                corners[at + 1, at + 1] -= nbytes
+                sums.add(before + 1, at, at + 1, len(self.kept), nbytes)
                 before = at
-        return corners.cumsum(axis=0).cumsum(axis=1)[: n + 1, : n + 1]
+        return sums.total()
+
+
+class _Rectangles:
+    """Sums over rectangles of (begin, end), added up by their corners.
+
+    Args:
+        n: Number of calls; begin and end go from 0 to n.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.corners = np.zeros((n + 2, n + 2))
+
+    def add(self, first_begin: int, last_begin: int, first_end: int, last_end: int, amount: float) -> None:
+        """Add an amount to all stages with begin and end in these ranges, both ends included."""
+        self.corners[first_begin, first_end] += amount
+        self.corners[last_begin + 1, first_end] -= amount
+        self.corners[first_begin, last_end + 1] -= amount
+        self.corners[last_begin + 1, last_end + 1] += amount
+
+    def total(self) -> Array:
+        """The sums, of shape (n + 1, n + 1)."""
+        return self.corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1]

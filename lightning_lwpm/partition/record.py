@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
         self.regions: list[Region] = []
         self.used: dict[str, list[int]] = defaultdict(list)
         self.born: dict[int, tuple[int, int]] = {}  # storage -> (time, bytes)
-        self.read: dict[int, int] = {}  # storage -> time of last use
+        self.reads: dict[int, list[int]] = defaultdict(list)  # storage -> times of its uses, ascending
         self.keep: list[Tensor] = []  # so that no address is used twice
         self.operations: list[Operation] = []
         self.saved: dict[int, tuple[int, int]] = {}  # storage kept for the backward pass -> (time, bytes)
@@ -89,7 +89,7 @@ class Recorder(TorchFunctionMode):
                 found = True
             key = storage(tensor)
             if key in self.born:
-                self.read[key] = self.clock
+                self.reads[key].append(self.clock)
                 found = True
         return found
 

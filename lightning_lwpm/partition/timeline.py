@@ -40,6 +40,21 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """A tensor that is used in later layer calls than the one that made it.
+
+    Args:
+        born: Position of the layer call in or after which it is made.
+        uses: The later positions that use it, ascending.
+        nbytes: Its bytes.
+    """
+
+    born: int
+    uses: tuple[int, ...]
+    nbytes: float
+
+
+@dataclass(frozen=True)
 class Timeline:
     """All layer calls of a step in execution order, with the cuts between them.
 
@@ -48,6 +63,8 @@ class Timeline:
         boundary_bytes: ``boundary_bytes[i]`` are the bytes alive at the cut just before call ``i``, for one sample
             or micro-batch; as long as ``calls``, entry 0 (nothing lies before it) is unused and 0.
         allowed: ``allowed[i]`` says whether a stage may begin at call ``i``; as long as ``calls``.
+        flows: The tensors that make up ``boundary_bytes``, as far as known: of a long skip, the stages between do not
+            hold a copy.
 
     Raises:
         ValueError: If the three lengths differ.
@@ -56,6 +73,7 @@ class Timeline:
     calls: tuple[LayerCall, ...]
     boundary_bytes: tuple[int, ...]
     allowed: tuple[bool, ...]
+    flows: tuple[Flow, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.calls), len(self.boundary_bytes), len(self.allowed)}

@@ -36,7 +36,7 @@ def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, w
     return Memory(
         parameters=weights,
         kept=[call.kept_bytes if schedule else 0 for call in calls],
-        boundary=look.timeline.boundary_bytes,
+        flows=look.timeline.flows,
         # at work on a call: what it takes, what it gives, in the backward pass the gradients of both and of its weights
         transient=[3 * call.passing_bytes + call.parameter_bytes if schedule else call.passing_bytes for call in calls],
         shared=[(where, seen.sizes[name][1]) for name, where in seen.parameters.items() if len(where) > 1 and schedule],

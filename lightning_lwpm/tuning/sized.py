@@ -73,6 +73,7 @@ def at(looks: Sequence[Look], samples: float) -> Look:
             tuple(map(call, one.calls, two.calls)),
             tuple(round(value(a, b)) for a, b in zip(one.boundary_bytes, two.boundary_bytes, strict=True)),
             one.allowed,
+            tuple(replace(flow, nbytes=flow.nbytes * samples / low.samples) for flow in one.flows),
         ),
         Costs(tuple(map(cost, low.costs.calls, high.costs.calls)), low.costs.link),
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning_lwpm.partition.explain import Alternative, closest, explain, fits
 from lightning_lwpm.partition.memory import Memory
 from lightning_lwpm.partition.merge import NothingFits, merge
+from lightning_lwpm.partition.timeline import Flow
 
 GIB = 1 << 30
 LABELS = ["embedding", "h.0", "h.1", "head"]
@@ -23,7 +24,8 @@ def to_the_end(stage, num_stages):
 def memory():
     """Two stages of at most 8 GiB; the weights alone take 6 + 6."""
     weights = [((position,), 3 * GIB) for position in range(4)]
-    return Memory(weights, [2 * GIB] * 4, [0] + [GIB] * 3, [0] * 4, lambda stage, num_stages: 4, limits=8 * GIB)
+    flows = [Flow(position, (position + 1,), GIB) for position in range(3)]
+    return Memory(weights, [2 * GIB] * 4, [0] * 4, lambda stage, num_stages: 4, flows, limits=8 * GIB)
 
 
 def test_every_stage_is_set_against_its_device(memory):
@@ -55,7 +57,7 @@ def test_each_change_is_tried(memory):
 
 
 def test_the_smallest_number_of_devices_is_named():
-    memory = Memory([((p,), 3 * GIB) for p in range(4)], [0] * 4, [0] * 4, [0] * 4, to_the_end, 3 * GIB)
+    memory = Memory([((p,), 3 * GIB) for p in range(4)], [0] * 4, [0] * 4, to_the_end, limits=3 * GIB)
     text = explain(memory, 2, [True] * 4, LABELS, [[Alternative(f"{n} devices", memory, n) for n in (3, 4, 5)]])
     assert text.splitlines()[-1] == "it would fit with 4 devices"
 
@@ -69,7 +71,7 @@ def test_if_nothing_helps_it_says_so(memory):
 
 
 def test_a_stage_that_fits_and_one_without_a_limit():
-    memory = Memory([((0,), 4), ((1,), 4)], [0, 0], [0, 0], [0, 0], lambda stage, num_stages: 1, [3, float("inf")])
+    memory = Memory([((0,), 4), ((1,), 4)], [0, 0], [0, 0], lambda stage, num_stages: 1, limits=[3, float("inf")])
     assert explain(memory, 2, [True] * 2, ["a", "b"]).splitlines()[1:3] == [
         "  stage 0 (a) needs 4 B: weights 4 B; its device has 3 B, too little",
         "  stage 1 (b) needs 4 B: weights 4 B; its device has no limit",
@@ -78,7 +80,7 @@ def test_a_stage_that_fits_and_one_without_a_limit():
 
 def test_only_what_must_exceed_exceeds():
     # the head is far too large for any device; the others fit, and are not left in a heap because of it
-    memory = Memory([((p,), b) for p, b in enumerate([2, 2, 2, 2, 40])], [0] * 5, [0] * 5, [0] * 5, to_the_end, 4)
+    memory = Memory([((p,), b) for p, b in enumerate([2, 2, 2, 2, 40])], [0] * 5, [0] * 5, to_the_end, limits=4)
     assert closest(memory, 3, [True] * 5) == [2, 4]
 
 
@@ -88,7 +90,7 @@ def instances(draw):
     numbers = st.lists(st.integers(0, 9), min_size=n, max_size=n)
     parameters = draw(st.lists(st.tuples(st.tuples(st.integers(0, n - 1)), st.integers(0, 9)), max_size=6))
     limit = draw(st.sampled_from([4, 16, 32, 64]))
-    memory = Memory(parameters, draw(numbers), draw(numbers), draw(numbers), to_the_end, limit)
+    memory = Memory(parameters, draw(numbers), draw(numbers), to_the_end, limits=limit)
     return memory, draw(st.lists(st.booleans(), min_size=n, max_size=n)), draw(st.integers(1, 4))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning_lwpm.partition.costs import CallCost, Costs, Link
 from lightning_lwpm.partition.describe import Probe
-from lightning_lwpm.partition.timeline import LayerCall, Timeline
+from lightning_lwpm.partition.timeline import Flow, LayerCall, Timeline
 from lightning_lwpm.tuning.sized import Look
 
 KIB = 1024
@@ -25,7 +25,8 @@ def timeline(
         for i, (work, k) in enumerate(zip(flops, held, strict=True))
     ]
     edges = (0, *[boundary] * (len(calls) - 1))
-    return Timeline(tuple(calls), edges, tuple(allowed or [True] * len(calls)))
+    flows = [Flow(i, (i + 1,), boundary) for i in range(len(calls) - 1) if boundary]
+    return Timeline(tuple(calls), edges, tuple(allowed or [True] * len(calls)), tuple(flows))
 
 
 def costs(forward: Sequence[float], link: Link | None = None) -> Costs:
