@@ -8,7 +8,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 from lightning_lwpm.errors import PipelineError
-from lightning_lwpm.pipeline.sockets import keep_alive, own_address
+from lightning_lwpm.pipeline.sockets import keep_alive, own_address, send_at_once
 
 __all__ = ["meet"]
 
@@ -55,4 +55,5 @@ def meet(rank: int, world: int, gather: Callable[[Any], list[Any]]) -> dict[int,
     listener.close()
     for connection in peers.values():
         keep_alive(connection)
+        send_at_once(connection)
     return peers
