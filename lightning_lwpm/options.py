@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
-from lightning_lwpm.pipeline.schedule import SCHEDULES
+from lightning_lwpm.pipeline.schedule import POLICIES
+from lightning_lwpm.tuning.lineup import FEWEST, MOST
 
 __all__ = ["check_options", "parse_bytes"]
 
@@ -54,7 +55,7 @@ def check_options(
             f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
             'integer, such as four for each device, or "auto".'
         )
-    known = ["auto", *SCHEDULES]
+    known = ["auto", *POLICIES]
     if schedule not in known:
         near = difflib.get_close_matches(str(schedule), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -74,10 +75,18 @@ def check_options(
             f'partition={partition!r}: pass "auto", a list with the dotted names of the layers that begin the '
             f'second, third, ... stage, such as ["{example}"], or the path of a plan, such as "plan.yaml".'
         )
-    if virtual_stages != 1:
-        raise ConfigurationError(
-            f"virtual_stages={virtual_stages!r} is not built yet: each device runs one stage. Leave it at 1."
-        )
+    fewest, most = FEWEST.get(schedule, 1), MOST.get(schedule)
+    if virtual_stages != "auto":
+        if not isinstance(virtual_stages, int) or isinstance(virtual_stages, bool) or virtual_stages < 1:
+            raise ConfigurationError(
+                f'virtual_stages={virtual_stages!r}: pass the number of stages for each device, or "auto".'
+            )
+        if virtual_stages < fewest or (most is not None and virtual_stages > most):
+            number = fewest if fewest == most else f"at least {fewest}"
+            raise ConfigurationError(
+                f"virtual_stages={virtual_stages!r}: the schedule {schedule!r} needs {number} stages for each device. "
+                'Pass that, or leave it at "auto", or use the schedule "1f1b".'
+            )
     if data_parallel_size != 1:
         raise ConfigurationError(
             f"data_parallel_size={data_parallel_size!r} is not built yet: all devices form one pipeline. Leave it at 1."

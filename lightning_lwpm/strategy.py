@@ -1,6 +1,6 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from lightning_lwpm.checkpoint import held_states, merge_checkpoint
 from lightning_lwpm.options import check_options, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
@@ -32,6 +33,7 @@ from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import copies, gather, holders, move
 from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
+from lightning_lwpm.tuning.predict import table_of
 from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["LWPMStrategy"]
@@ -51,8 +53,10 @@ class LWPMStrategy(ProcessesStrategy):
     Args:
         num_microbatches: Into how many micro-batches a training batch is split. More of them idle less, but each is
             smaller. ``"auto"``: the number that makes the shortest step, by simulation.
-        schedule: The order of forward and backward passes: ``"1f1b"``, ``"gpipe"``, or ``"auto"`` for the faster one,
-            by simulation; 1F1B, which holds fewer activations, where they are alike.
+        schedule: The order of forward and backward passes: ``"1f1b"``, ``"gpipe"``, ``"interleaved_1f1b"`` (several
+            stages a device), ``"zb1p"`` and ``"zbv"`` (gradients of weights put off until a device would idle; the
+            latter with two stages a device), or ``"auto"``: the fastest of all, or an order made for the measured
+            times, by simulation; 1F1B, which holds the fewest activations, where they are alike.
         partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, the path of a
             plan (``"plan.yaml"``), or a plan (``trainer.strategy.plan`` of an earlier run).
         costs: ``"measured"``: each distinct layer is timed at the first start, and never again on the same machine.
@@ -61,7 +65,8 @@ class LWPMStrategy(ProcessesStrategy):
             has free, and no limit on a CPU.
         repartition_every_n_epochs: After so many epochs layers move to other stages, weights and optimizer state with
             them, where the measured times show that this makes a step over 5 % faster; 0 for never.
-        virtual_stages: Stages for each device; only 1 for now.
+        virtual_stages: Stages for each device. With several of them, apart from each other, a device idles less at the
+            ends of a batch, and more tensors are sent. ``"auto"``: as many as the schedule needs.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: ``"gloo"``, also for accelerators (through host memory).
         timeout: Of the process group.
@@ -80,7 +85,7 @@ class LWPMStrategy(ProcessesStrategy):
         costs: Literal["measured", "estimated"] = "measured",
         device_memory: float | str | None = None,
         repartition_every_n_epochs: int = 0,
-        virtual_stages: int = 1,
+        virtual_stages: int | Literal["auto"] = "auto",
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -106,7 +111,7 @@ class LWPMStrategy(ProcessesStrategy):
             patience=patience,
         )
         self._device_memory = parse_bytes(device_memory)
-        self.num_microbatches, self.schedule = num_microbatches, schedule
+        self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
         self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
         self._planner: Planner | None = None
@@ -171,7 +176,9 @@ class LWPMStrategy(ProcessesStrategy):
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
         assert self._planner is not None and self.lightning_module is not None
         module, schedule = self.lightning_module, self._settled()[1]
-        self._engine = Engine(self.mailbox, self.transport, module, layout, self.root_device, schedule, serial=serial)
+        self._engine = Engine(
+            self.mailbox, self.transport, module, layout, self.root_device, schedule, serial, layout.ranks
+        )
         self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
         return self._engine
 
@@ -197,13 +204,20 @@ class LWPMStrategy(ProcessesStrategy):
         """What the user asked for, and what the devices hold."""
         limit = self._device_memory or free_bytes(self.root_device)
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
-        return Wish(self.partition, self.num_microbatches, self.schedule, tuple(limits), state_factor(self.optimizers))
+        return Wish(
+            self.partition,
+            self.num_microbatches,
+            self.schedule,
+            tuple(limits),
+            state_factor(self.optimizers),
+            self.virtual_stages,
+        )
 
-    def _settled(self) -> tuple[int, str]:
+    def _settled(self) -> tuple[int, str | Callable[[int], Table]]:
         """The number of micro-batches and the schedule, as far as they matter."""
         plan = self.plan
         if self.world_size > 1 and plan is not None and plan.prediction is not None:
-            return plan.prediction.num_microbatches, plan.prediction.schedule
+            return plan.prediction.num_microbatches, table_of(plan, plan.prediction.schedule)
         count = 1 if self.num_microbatches == "auto" else self.num_microbatches
         return count, "1f1b" if self.schedule == "auto" else self.schedule
 

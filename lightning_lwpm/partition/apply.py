@@ -32,6 +32,7 @@ def make_layout(root: nn.Module, probe: Probe, plan: PartitionPlan) -> Layout:
         ),
         parameters=parameters,
         buffers={name: stages(where) for name, where in probe.buffers.items()},
+        ranks=plan.ranks,
     )
 
 

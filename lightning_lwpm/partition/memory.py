@@ -115,6 +115,10 @@ class Memory:
         weights = sum(nbytes for where, nbytes in self.parameters if any(at in inside for at in where))
         return {"weights": weights, **working, **({"exchange": exchange} if exchange else {})}
 
+    def microbatch(self, begin: int, end: int) -> float:
+        """Bytes that each micro-batch in flight adds to what the calls from ``begin`` to before ``end`` need."""
+        return float(self._each[begin, end])
+
     def scaled(self, factor: float) -> "Memory":
         """The need with micro-batches of another size, as far as it grows in proportion to the size.
 

@@ -44,8 +44,11 @@ class StagePlan:
         share: Its part of the work of the whole step, from 0 to 1.
         bytes_onward: Bytes alive at its end, which later stages may need, for one micro-batch; 0 for the last stage.
         forward_seconds: Its forward pass of one micro-batch; on a nominal machine where nothing was measured.
-        backward_seconds: The same for the backward pass.
+        backward_seconds: The same for the whole backward pass.
         memory: Bytes that it needs on its device at the worst moment, by what they are for; empty if not known.
+        weight_seconds: What of the backward pass can be put off: the gradients of weights.
+        onward_seconds: The time that what it sends takes on its link; 0 for the last stage.
+        microbatch_bytes: What of its memory each micro-batch in flight adds.
     """
 
     index: int
@@ -58,6 +61,9 @@ class StagePlan:
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     memory: Mapping[str, float] = field(default_factory=dict)
+    weight_seconds: float = 0.0
+    onward_seconds: float = 0.0
+    microbatch_bytes: float = 0.0
 
     @property
     def begins(self) -> str:
@@ -92,11 +98,18 @@ class PartitionPlan:
         stages: The stages; fewer than ``num_ranks`` where the model has too few layers.
         num_ranks: Number of ranks; those without a stage stay idle.
         prediction: What is expected of it.
+        room: For each rank, bytes that it has for micro-batches in flight; empty where devices have no limit.
     """
 
     stages: tuple[StagePlan, ...]
     num_ranks: int
     prediction: Prediction | None = None
+    room: tuple[float, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each stage."""
+        return tuple(stage.rank for stage in self.stages)
 
     @property
     def cuts(self) -> list[int]:
@@ -149,7 +162,7 @@ class PartitionPlan:
             for stage in self.stages
         ]
         prediction = asdict(self.prediction) if self.prediction else None
-        return {"stages": stages, "num_ranks": self.num_ranks, "prediction": prediction}
+        return {"stages": stages, "num_ranks": self.num_ranks, "prediction": prediction, "room": list(self.room)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PartitionPlan":
@@ -159,7 +172,7 @@ class PartitionPlan:
             for stage in data["stages"]
         )
         prediction = Prediction(**data["prediction"]) if data.get("prediction") else None
-        return cls(tuple(stages), data["num_ranks"], prediction)
+        return cls(tuple(stages), data["num_ranks"], prediction, tuple(data.get("room", ())))
 
     def layers(self) -> Iterator[str]:
         """Name the layers of each stage by the largest modules that lie in it as a whole."""
@@ -196,8 +209,9 @@ def make_plan(
     costs: Costs | None = None,
     microbatches: int | None = None,
     memory: Memory | None = None,
+    num_stages: int | None = None,
 ) -> PartitionPlan:
-    """Partition a timeline over ranks, one stage a rank.
+    """Partition a timeline over ranks.
 
     Args:
         timeline: The layer calls of a step.
@@ -208,9 +222,10 @@ def make_plan(
         costs: What the calls cost; estimated from FLOPs by default.
         microbatches: Number of micro-batches, over which filling and draining the pipeline spreads; many by default.
         memory: What the stages' devices hold; no limit by default.
+        num_stages: Number of stages; by default one a rank.
 
     Returns:
-        The plan. With ``"auto"`` it has fewer stages than ranks where the timeline has too few places to cut.
+        The plan. With ``"auto"`` it has fewer stages where the timeline has too few places to cut.
 
     Raises:
         ConfigurationError: If ``partition`` or ``placement`` does not fit the timeline and the ranks, or the model does
@@ -221,6 +236,7 @@ def make_plan(
     if not timeline.calls:
         raise ConfigurationError("the step calls no layer, so there is nothing to partition; is the model empty?")
     costs = costs or estimate(timeline)
+    num_stages = num_stages or num_ranks
     if isinstance(partition, str):
         if partition != "auto":
             raise ConfigurationError(
@@ -231,13 +247,14 @@ def make_plan(
         # ends are busy with it meanwhile.
         boundary = [2 * nbytes / costs.link.bytes_per_second for nbytes in timeline.boundary_bytes]
         feasible = memory.feasible if memory is not None and memory.limited else None
-        cuts = merge(costs.work, boundary, timeline.allowed, num_ranks, microbatches, feasible)
+        cuts = merge(costs.work, boundary, timeline.allowed, num_stages, microbatches, feasible)
     else:
-        cuts = find_cuts(timeline, num_ranks, list(partition))
+        cuts = find_cuts(timeline, num_stages, list(partition))
     ranks = _ranks(placement, len(cuts) + 1, num_ranks)
 
     work = costs.work
     edges = [0, *cuts, len(work)]
+    onward = [costs.link.seconds(timeline.boundary_bytes[cut]) for cut in cuts] + [0.0]
     total = sum(work)
     stages = []
     for index, (begin, end) in enumerate(pairwise(edges)):
@@ -253,7 +270,10 @@ def make_plan(
                 bytes_onward=timeline.boundary_bytes[end] if end < len(work) else 0,
                 forward_seconds=sum(cost.forward for cost in costs.calls[begin:end]),
                 backward_seconds=sum(cost.backward for cost in costs.calls[begin:end]),
+                weight_seconds=sum(cost.weight for cost in costs.calls[begin:end]),
+                onward_seconds=onward[index],
                 memory=memory.breakdown(index, len(ranks), begin, end) if memory is not None else {},
+                microbatch_bytes=memory.microbatch(begin, end) if memory is not None else 0.0,
             )
         )
     return PartitionPlan(tuple(stages), num_ranks)

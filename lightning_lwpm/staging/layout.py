@@ -32,12 +32,14 @@ class Layout:
         units: The largest modules that lie in one stage a call.
         parameters: Parameter name -> the stages that use it, ascending. Shared parameters have several.
         buffers: The same for the buffers that belong to one stage only; all other buffers are kept everywhere.
+        ranks: The rank of each stage.
     """
 
     num_stages: int
     units: tuple[Unit, ...]
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: tuple[int, ...] = (0,)
 
     @property
     def shared(self) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,7 @@
 """Tells the user when another partition would be faster, by what the stages have measured, and finds it."""
 
+from collections.abc import Mapping
+
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lwpm.pipeline.engine import Engine
@@ -36,12 +38,11 @@ class Reviewer:
         if self._batches == _BATCHES:
             self.mailbox.post(0, "stage times", self.mailbox.rank, self._mine())
         if self._batches == _BATCHES + _LATER and self.mailbox.rank == 0:
-            what = "the times of stage {}"
-            gathered = [
-                self.mailbox.take("stage times", rank, what.format(stage), rank)
-                for stage, rank in enumerate(self.engine.ranks)
-            ]
-            found = self.planner.review([times for times in gathered if times is not None])
+            what = "the times of the stages of rank {}"
+            gathered = {
+                rank: self.mailbox.take("stage times", rank, what.format(rank), rank) for rank in set(self.engine.ranks)
+            }
+            found = self.planner.review(self._by_stage(gathered))
             if found is not None and found.worth_telling:
                 rank_zero_info(found.text())
 
@@ -49,11 +50,16 @@ class Reviewer:
         """The layout of a partition that is over 5 % faster, if there is one; all ranks take part."""
         self._batches = 0
         times = self.mailbox.gather(("stage times", self.engine.serial), self._mine(), "the times of all stages")
-        return self.planner.revised([times[rank] for rank in self.engine.ranks])
+        return self.planner.revised(self._by_stage(dict(enumerate(times))))
 
-    def _mine(self) -> StageTimes | None:
-        times, stage = self.engine.times, self.engine.stage
-        if stage is None:
-            return None
-        forward, backward = times.median(stage, "F"), times.median(stage, "B")
-        return StageTimes(forward, backward) if forward is not None and backward is not None else None
+    def _by_stage(self, gathered: Mapping[int, Mapping[int, StageTimes]]) -> list[StageTimes | None]:
+        return [gathered[rank].get(stage) for stage, rank in enumerate(self.engine.ranks)]
+
+    def _mine(self) -> dict[int, StageTimes]:
+        """What each stage of this rank has measured."""
+        found = {}
+        for stage in self.engine.stages:
+            forward, *backward = [self.engine.times.median(stage, kind) for kind in "FBIW"]
+            if forward is not None and any(seconds is not None for seconds in backward):
+                found[stage] = StageTimes(forward, sum(seconds or 0.0 for seconds in backward))
+        return found

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
@@ -26,11 +25,11 @@ def holders(layout: Layout | None, world: int) -> Holders:
     """
     if layout is None:
         return lambda name: (0,)
-    ranks = place_stages(layout.num_stages)
+    ranks = layout.ranks
 
     def of(name: str) -> Collection[int]:
         stages = layout.parameters.get(name) or layout.buffers.get(name)
-        return range(world) if stages is None else [ranks[stage] for stage in stages]
+        return range(world) if stages is None else {ranks[stage] for stage in stages}
 
     return of
 
@@ -124,7 +123,7 @@ def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout) -> Non
         module: The model, partitioned.
         layout: The partition.
     """
-    ranks = place_stages(layout.num_stages)
+    ranks = layout.ranks
     owners = {name: ranks[where[-1]] for name, where in [*layout.parameters.items(), *layout.buffers.items()]}
     for name, tensor in named_tensors(module):
         if owners.get(name) == mailbox.rank:

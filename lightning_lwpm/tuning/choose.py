@@ -7,8 +7,8 @@ from typing import Literal
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
-from lightning_lwpm.pipeline.schedule import SCHEDULES, place
-from lightning_lwpm.tuning.needs import memory_of, stages_of
+from lightning_lwpm.tuning.lineup import Lineup, lineups
+from lightning_lwpm.tuning.needs import memory_of, places_of, room_of
 from lightning_lwpm.tuning.predict import predict
 from lightning_lwpm.tuning.refusal import refusal
 from lightning_lwpm.tuning.sized import Look, at
@@ -21,6 +21,9 @@ _AS_GOOD = 1.03
 
 _FASTER = 1.01
 """1F1B, which holds the fewest activations, comes first; another schedule must be faster by a hundredth."""
+
+_ORDERED = 512
+"""Up to so many stages times micro-batches a schedule is made to measure; with more, that takes long and gains little."""
 
 
 @dataclass(frozen=True)
@@ -54,29 +57,50 @@ def choose(
     Raises:
         ConfigurationError: if nothing that the user allows fits the devices, or the partition cannot be made.
     """
+    each = lineups(wish, num_ranks, places_of(looks[0]), train)
     if not train:
         try:
-            return Choice(planned(looks[0], seen, num_ranks, wish, 1, ""), looks[0])
+            return Choice(planned(looks[0], seen, num_ranks, wish, 1, each[0]), looks[0])
         except NothingFits:
-            raise refusal(looks, seen, num_ranks, None, wish, 1, "") from None
+            raise refusal(looks, seen, num_ranks, None, wish, 1, each[0]) from None
     found: dict[int, Choice] = {}
-    schedules = sorted(SCHEDULES) if wish.schedule == "auto" else [wish.schedule]
-    counts = candidates(wish.num_microbatches, stages_of(looks[0], num_ranks), samples)
+    counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples)
     for count in counts:
-        look = at(looks, (samples or 1) / count)
-        for schedule in schedules:
-            try:
-                plan = planned(look, seen, num_ranks, wish, count, schedule)
-            except NothingFits:
-                continue
-            if count not in found or _seconds(plan) * _FASTER < _seconds(found[count].plan):
-                found[count] = Choice(plan, look)
+        best = _best(at(looks, (samples or 1) / count), seen, num_ranks, wish, count, each)
+        if best is not None:
+            found[count] = best
     if not found:  # tell of what needs least: the smallest micro-batches, and the schedule that holds fewest of them
-        raise refusal(looks, seen, num_ranks, samples, wish, counts[-1], schedules[0])
+        raise refusal(looks, seen, num_ranks, samples, wish, counts[-1], each[0])
     seconds = {count: _seconds(choice.plan) for count, choice in found.items()}
-    best = min(seconds.values())
-    chosen = found[next(count for count in seconds if seconds[count] <= best * _AS_GOOD)]
+    least = min(seconds.values())
+    count = next(count for count in seconds if seconds[count] <= least * _AS_GOOD)
+    chosen = found[count]
+    if wish.schedule == "auto":
+        made = [Lineup("auto", ranks) for ranks in {lineup.ranks: None for lineup in each}]
+        made = [lineup for lineup in made if 1 < lineup.stages * count <= _ORDERED]
+        chosen = _best(chosen.look, seen, num_ranks, wish, count, made, chosen) or chosen
+        seconds[count] = _seconds(chosen.plan)
     return replace(chosen, considered=seconds)
+
+
+def _best(
+    look: Look,
+    seen: Probe,
+    num_ranks: int,
+    wish: Wish,
+    count: int,
+    each: Sequence[Lineup],
+    found: Choice | None = None,
+) -> Choice | None:
+    """The first of some line-ups than which no later one is clearly faster; ``None`` if none fits."""
+    for lineup in each:
+        try:
+            plan = planned(look, seen, num_ranks, wish, count, lineup)
+        except NothingFits:
+            continue
+        if found is None or _seconds(plan) * _FASTER < _seconds(found.plan):
+            found = Choice(plan, look)
+    return found
 
 
 def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) -> list[int]:
@@ -88,8 +112,8 @@ def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) 
     return sorted({min(stages * turns, samples) for turns in (1, 2, 4, 8, 16)})
 
 
-def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, schedule: str) -> PartitionPlan:
-    """The best plan for a number of micro-batches and a schedule, and what is expected of it.
+def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, lineup: Lineup) -> PartitionPlan:
+    """The best plan for a number of micro-batches and a line-up, and what is expected of it.
 
     Args:
         look: The step at the size of these micro-batches.
@@ -97,17 +121,32 @@ def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, sch
         num_ranks: Number of ranks.
         wish: What the user asked for.
         count: Number of micro-batches.
-        schedule: Its name; "" for evaluation.
+        lineup: The schedule, and where its stages lie.
 
     Raises:
         ConfigurationError: if it does not fit the devices, or the partition cannot be made.
     """
     assert not isinstance(wish.partition, PartitionPlan), "resolve the wish first"
-    memory = memory_of(look, seen, stages_of(look, num_ranks), count, schedule, wish)
-    plan = make_plan(look.timeline, num_ranks, wish.partition, place, look.costs, count if schedule else None, memory)
-    if not schedule:
+    memory = memory_of(look, seen, lineup, count, wish)
+    plan = make_plan(
+        look.timeline,
+        num_ranks,
+        wish.partition,
+        lineup.ranks,
+        look.costs,
+        count if lineup.schedule else None,
+        memory,
+        _wanted(wish, num_ranks, lineup),
+    )
+    if not lineup.schedule:
         return plan
-    return replace(plan, prediction=predict(plan, look.costs.link, schedule, count, look.costs.measured))
+    plan = replace(plan, room=room_of(plan, wish))
+    return replace(plan, prediction=predict(plan, lineup.schedule, count, look.costs.measured))
+
+
+def _wanted(wish: Wish, num_ranks: int, lineup: Lineup) -> int:
+    """Number of stages that layers named by the user are checked against: too few of them are an error."""
+    return lineup.stages if isinstance(wish.partition, str) else max(lineup.stages, num_ranks)
 
 
 def _seconds(plan: PartitionPlan) -> float:

@@ -4,30 +4,32 @@ import math
 
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.memory import Memory
-from lightning_lwpm.pipeline.schedule import place
+from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.tuning.lineup import Lineup
 from lightning_lwpm.tuning.predict import in_flight
 from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
-__all__ = ["memory_of", "stages_of"]
+__all__ = ["memory_of", "places_of", "room_of"]
 
 
-def stages_of(look: Look, num_ranks: int) -> int:
-    """Number of stages: one a rank, as long as there are places to cut."""
-    return min(num_ranks, 1 + sum(look.timeline.allowed[1:]))
+def places_of(look: Look) -> int:
+    """Number of stages into which a step can be cut at most."""
+    return 1 + sum(look.timeline.allowed[1:])
 
 
-def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, wish: Wish) -> Memory:
+def memory_of(look: Look, seen: Probe, lineup: Lineup, count: int, wish: Wish) -> Memory:
     """What stages need on their devices.
 
     Args:
         look: The step at the size of its micro-batches.
         seen: Where parameters and buffers are used, and their sizes.
-        stages: Number of stages.
+        lineup: Says how many micro-batches a stage holds at once, and with which other stages it shares a device. Each
+            of these may take an equal part.
         count: Number of micro-batches.
-        schedule: Says how many of them a stage holds at once; "" for evaluation.
         wish: Says what devices hold, and optimizers.
     """
+    schedule, ranks = lineup.schedule, lineup.ranks
     calls = look.timeline.calls
     weights = []
     for name, where in [*seen.parameters.items(), *seen.buffers.items()]:
@@ -40,6 +42,20 @@ def memory_of(look: Look, seen: Probe, stages: int, count: int, schedule: str, w
         # at work on a call: what it takes, what it gives, in the backward pass the gradients of both and of its weights
         transient=[3 * call.passing_bytes + call.parameter_bytes if schedule else call.passing_bytes for call in calls],
         shared=[(where, seen.sizes[name][1]) for name, where in seen.parameters.items() if len(where) > 1 and schedule],
-        in_flight=lambda stage, stages: in_flight(schedule, stages, count)[stage] if schedule else 1,
-        limits=[wish.limits[rank] for rank in place(stages)] if wish.limits else [math.inf] * stages,
+        in_flight=lambda stage, _: in_flight(schedule, ranks, count)[stage] if schedule else 1,
+        limits=[wish.limits[rank] / ranks.count(rank) for rank in ranks] if wish.limits else [math.inf] * len(ranks),
     )
+
+
+def room_of(plan: PartitionPlan, wish: Wish) -> tuple[float, ...]:
+    """For each rank, the bytes that it has for micro-batches in flight; empty where no device has a limit.
+
+    There is always room for one: a partition of the user's runs, whatever is expected of it.
+    """
+    if all(math.isinf(limit) for limit in wish.limits):
+        return ()
+    room, least = list(wish.limits), [0.0] * len(wish.limits)
+    for stage in plan.stages:
+        room[stage.rank] -= stage.memory["weights"] + stage.memory["transient"]
+        least[stage.rank] += stage.microbatch_bytes
+    return tuple(map(max, room, least))

@@ -1,48 +1,71 @@
 """Runs a plan's schedule in thought, with the seconds of its stages and of its links."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
-from lightning_lwpm.partition.costs import Link
 from lightning_lwpm.partition.plan import PartitionPlan, Prediction
-from lightning_lwpm.pipeline.schedule import Action, build
+from lightning_lwpm.pipeline.schedule import Action, Memory, Table, build
 from lightning_lwpm.pipeline.simulate import simulate
 
-__all__ = ["in_flight", "predict"]
+__all__ = ["in_flight", "predict", "table_of"]
 
 
 @lru_cache(maxsize=4096)
-def in_flight(schedule: str, num_stages: int, num_microbatches: int) -> tuple[int, ...]:
-    """The most micro-batches that each stage holds between their forward and their backward pass."""
-    table = build(schedule, num_stages, num_microbatches, num_stages)
-    return simulate(table, _ranks(table, num_stages)).peak_in_flight
+def in_flight(schedule: str, ranks: tuple[int, ...], num_microbatches: int) -> tuple[int, ...]:
+    """The most micro-batches of which each stage keeps activations at once.
+
+    Args:
+        schedule: Its name. ``"auto"`` keeps what there is room for; to see whether a plan fits, as few as ``"1f1b"``.
+        ranks: The rank of each stage.
+        num_microbatches: Number of micro-batches.
+    """
+    name = "1f1b" if schedule == "auto" else schedule
+    table = build(name, len(ranks), num_microbatches, max(ranks) + 1, ranks)
+    return simulate(table, ranks).peak_kept
 
 
-def predict(plan: PartitionPlan, link: Link, schedule: str, num_microbatches: int, measured: int = 0) -> Prediction:
+def table_of(plan: PartitionPlan, schedule: str) -> Callable[[int], Table]:
+    """From the number of micro-batches to the table of a schedule, the same on all ranks.
+
+    Args:
+        plan: The plan.
+        schedule: Its name; ``"auto"`` orders actions by the seconds of the plan's stages and links, in the room that
+            devices have for micro-batches in flight.
+    """
+    memory = Memory([stage.microbatch_bytes for stage in plan.stages], plan.room) if plan.room else None
+
+    def table(count: int) -> Table:
+        if schedule != "auto":
+            return build(schedule, len(plan.stages), count, plan.num_ranks, plan.ranks)
+        costs, latency = _seconds(plan), _latency(plan)
+        return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory, split=False)
+
+    return table
+
+
+def predict(plan: PartitionPlan, schedule: str, num_microbatches: int, measured: int = 0) -> Prediction:
     """What is expected of a plan.
 
     Args:
-        plan: With the seconds of each stage, and what it sends onward.
-        link: The connection of neighbouring ranks.
+        plan: With the seconds of each stage and link.
         schedule: Its name.
         num_microbatches: Number of micro-batches.
         measured: How many of the layer calls have been measured.
     """
-    stages = plan.stages
-    table = build(schedule, len(stages), num_microbatches, len(stages))
-
-    def seconds(action: Action) -> float:
-        stage = stages[action.stage]
-        return stage.forward_seconds if action.kind == "F" else stage.backward_seconds
-
-    def latency(action: Action) -> float:
-        crossed = action.stage if action.kind == "F" else action.stage - 1
-        return link.seconds(stages[crossed].bytes_onward)
-
-    run = simulate(table, _ranks(table, len(stages)), seconds, latency)
+    table = table_of(plan, schedule)(num_microbatches)
+    run = simulate(table, plan.ranks, _seconds(plan), _latency(plan))
     return Prediction(num_microbatches, schedule, run.makespan, run.bubble, measured)
 
 
-def _ranks(table: list[list[Action]], num_stages: int) -> list[int]:
-    """The rank of each stage in a table."""
-    ranks = {action.stage: rank for rank, actions in enumerate(table) for action in actions}
-    return [ranks[stage] for stage in range(num_stages)]
+def _seconds(plan: PartitionPlan) -> Callable[[Action], float]:
+    by_kind = {
+        "F": [stage.forward_seconds for stage in plan.stages],
+        "B": [stage.backward_seconds for stage in plan.stages],
+        "I": [stage.backward_seconds - stage.weight_seconds for stage in plan.stages],
+        "W": [stage.weight_seconds for stage in plan.stages],
+    }
+    return lambda action: by_kind[action.kind][action.stage]
+
+
+def _latency(plan: PartitionPlan) -> Callable[[Action], float]:
+    return lambda action: plan.stages[action.stage if action.kind == "F" else action.stage - 1].onward_seconds

@@ -7,7 +7,8 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.cuts import label
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.explain import Alternative, explain
-from lightning_lwpm.tuning.needs import memory_of, stages_of
+from lightning_lwpm.tuning.lineup import Lineup, lineups
+from lightning_lwpm.tuning.needs import memory_of, places_of
 from lightning_lwpm.tuning.sized import Look, at
 from lightning_lwpm.tuning.wish import Wish
 
@@ -17,7 +18,7 @@ _MOST_DEVICES = 64
 
 
 def refusal(
-    looks: Sequence[Look], seen: Probe, num_ranks: int, samples: int | None, wish: Wish, count: int, schedule: str
+    looks: Sequence[Look], seen: Probe, num_ranks: int, samples: int | None, wish: Wish, count: int, lineup: Lineup
 ) -> ConfigurationError:
     """The error of a model that fits with no partition.
 
@@ -28,22 +29,23 @@ def refusal(
         samples: Samples of a batch.
         wish: What the user asked for.
         count: The number of micro-batches that was tried.
-        schedule: The schedule that was tried.
+        lineup: The schedule that was tried, and where its stages would lie.
     """
     look = at(looks, (samples or 1) / count)
-    timeline, stages = look.timeline, stages_of(look, num_ranks)
-    memory = memory_of(look, seen, stages, count, schedule, wish)
+    timeline, stages = look.timeline, lineup.stages
+    memory = memory_of(look, seen, lineup, count, wish)
 
     def more_microbatches() -> Iterator[Alternative]:
         more = count
         while samples is not None and more < samples:
             more = min(2 * more, samples)
-            smaller = memory_of(at(looks, samples / more), seen, stages, more, schedule, wish)
+            smaller = memory_of(at(looks, samples / more), seen, lineup, more, wish)
             yield Alternative(f"num_microbatches={more}", smaller, stages)
 
     def fewer_in_flight() -> Iterator[Alternative]:
-        if schedule not in ("1f1b", ""):
-            yield Alternative("schedule='1f1b'", memory_of(look, seen, stages, count, "1f1b", wish), stages)
+        if lineup.schedule not in ("1f1b", ""):
+            simple = lineups(replace(wish, schedule="1f1b"), num_ranks, places_of(look))[0]
+            yield Alternative("schedule='1f1b'", memory_of(look, seen, simple, count, wish), simple.stages)
 
     def checkpointing() -> Iterator[Alternative]:
         # a layer that is computed again keeps what goes into it
@@ -55,8 +57,10 @@ def refusal(
         least = min(wish.limits)
         for devices in range(num_ranks + 1, _MOST_DEVICES + 1):
             larger = replace(wish, limits=(least,) * devices)
-            wanted = stages_of(look, devices)
-            yield Alternative(f"devices={devices}", memory_of(look, seen, wanted, count, schedule, larger), wanted)
+            wanted = lineups(
+                replace(larger, schedule=lineup.schedule), devices, places_of(look), train=bool(lineup.schedule)
+            )[0]
+            yield Alternative(f"devices={devices}", memory_of(look, seen, wanted, count, larger), wanted.stages)
 
     labels = [label(call.name, call.occurrence) for call in timeline.calls]
     groups = more_microbatches(), fewer_in_flight(), checkpointing(), more_devices()

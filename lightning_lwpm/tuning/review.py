@@ -14,6 +14,7 @@ from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_seconds
 from lightning_lwpm.tuning.choose import planned
+from lightning_lwpm.tuning.lineup import Lineup
 from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
@@ -97,9 +98,10 @@ def review(
     count, schedule = plan.prediction.num_microbatches, plan.prediction.schedule
     look = replace(look, costs=corrected(look.costs, plan, measured))
     cuts = [stage.begins for stage in plan.stages[1:]]
-    now = planned(look, seen, len(plan.stages), replace(wish, partition=cuts), count, schedule)
+    lineup = Lineup(schedule, plan.ranks)
+    now = planned(look, seen, max(plan.ranks) + 1, replace(wish, partition=cuts), count, lineup)
     try:
-        better = planned(look, seen, num_ranks, replace(wish, partition="auto"), count, schedule)
+        better = planned(look, seen, num_ranks, replace(wish, partition="auto"), count, lineup)
     except NothingFits:  # the user's own partition runs, whatever was expected of it
         better = now
     return Review(

@@ -20,6 +20,7 @@ class Wish:
         schedule: A name, or "auto".
         limits: Bytes of each rank's device; infinite where there is no limit.
         state_factor: Bytes of optimizer state for each byte of trained parameters.
+        virtual_stages: Stages a rank, or "auto": as many as the schedule needs.
     """
 
     partition: str | Sequence[str] | PartitionPlan = "auto"
@@ -27,6 +28,7 @@ class Wish:
     schedule: str = "auto"
     limits: tuple[float, ...] = ()
     state_factor: float = 0.0
+    virtual_stages: int | Literal["auto"] = "auto"
 
     def resolved(self) -> "Wish":
         """The same with the layers that a plan names, and what else it says where the user has left it open.

@@ -20,7 +20,7 @@ LINK = Link(0.125, 1e3)
 
 
 def chosen(seen: Look, ranks: int = 2, **wish: Any) -> tuple[Choice, Wish]:
-    wanted = Wish(**{"num_microbatches": 8, **wish})
+    wanted = Wish(**{"num_microbatches": 8, "virtual_stages": 1, **wish})
     return choose([seen], probe_of(seen), ranks, int(wanted.num_microbatches), wanted), wanted
 
 
@@ -51,7 +51,7 @@ def test_a_prediction_is_a_simulation(schedule: str, stages: int) -> None:
         return forward[action.stage] * (1 if action.kind == "F" else 2)
 
     run = simulate(build(schedule, stages, 8, stages), place(stages), seconds, 0.125 + 0.5)
-    told = predict(plan, LINK, schedule, 8, measured=3)
+    told = predict(plan, schedule, 8, measured=3)
     assert (told.step_seconds, told.bubble) == (pytest.approx(run.makespan), pytest.approx(run.bubble))
     assert (told.num_microbatches, told.schedule, told.measured) == (8, schedule, 3)
     assert told == plan.prediction
@@ -67,8 +67,10 @@ def test_a_prediction_counted_by_hand() -> None:
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_micro_batches_in_flight(stages: int, count: int) -> None:
-    assert in_flight("gpipe", stages, count) == (count,) * stages
-    assert in_flight("1f1b", stages, count) == tuple(min(count, stages - stage) for stage in range(stages))
+    assert in_flight("gpipe", tuple(place(stages)), count) == (count,) * stages
+    assert in_flight("1f1b", tuple(place(stages)), count) == tuple(
+        min(count, stages - stage) for stage in range(stages)
+    )
 
 
 # -- review ------------------------------------------------------------------------------------------------------
