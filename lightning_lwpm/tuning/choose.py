@@ -23,7 +23,7 @@ _FASTER = 1.01
 """1F1B, which holds the fewest activations, comes first; another schedule must be faster by a hundredth."""
 
 _ORDERED = 512
-"""Up to so many stages times micro-batches a schedule is made to measure; with more, that takes long and gains little."""
+"""Up to so many stages times micro-batches a schedule is made to measure; with more, it takes long and gains little."""
 
 
 @dataclass(frozen=True)
