@@ -10,19 +10,17 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_bytes, human_seconds
+from lightning_lwpm.picture import picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.container import BarContainer
-    from matplotlib.figure import Figure
 
 __all__ = ["draw_plan", "draw_plans"]
 
@@ -68,7 +66,7 @@ def draw_plan(plan: PartitionPlan, path: str | os.PathLike[str], limits: Sequenc
     level = width <= _WIDEST
     if not level:
         width = min(_MARGIN + 1.0 + 0.4 * stages, _WIDEST)
-    with _picture(path, max(width, 8.0), 8.0) as figure:
+    with picture(path, max(width, 8.0), 8.0) as figure:
         figure.suptitle(_headline(plan), x=0.01, ha="left")
         time, memory, sent = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
         _draw_time(time, plan)
@@ -115,7 +113,7 @@ def draw_plans(plans: Mapping[int, PartitionPlan], path: str | os.PathLike[str])
     seconds = [prediction.step_seconds for prediction in told.values()]
     speedups = [one / step if step else 0.0 for step in seconds]
     bubbles = [100 * prediction.bubble for prediction in told.values()]
-    with _picture(path, max(10.5, 2.7 * len(told)), 3.4) as figure:
+    with picture(path, max(10.5, 2.7 * len(told)), 3.4) as figure:
         measured = all(prediction.measured for prediction in told.values())
         source = "" if measured else ", estimated from FLOPs"
         figure.suptitle(
@@ -259,40 +257,3 @@ def _headline(plan: PartitionPlan) -> str:
 def _scale(top: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
     """The largest unit of which the highest bar has at least one."""
     return next(((scale, unit) for scale, unit in reversed(units) if scale <= top), units[0])
-
-
-@contextmanager
-def _picture(path: str | os.PathLike[str], width: float, height: float) -> Iterator["Figure"]:
-    """A figure of so many inches, to draw on, and then saved; what the user has set up in pyplot is left alone."""
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ConfigurationError(f"a picture cannot be written to {str(path)!r}; name a file that ends in .png or .svg")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            'drawing a plan needs matplotlib; install it with: pip install "lightning-lwpm[examples]"'
-        ) from error
-    style: dict[Any, Any] = {
-        "font.size": 8,
-        "axes.titlesize": 9,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": "#e6e6e6",
-        "figure.titlesize": 10,
-        "text.parse_math": False,
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "lightning_lwpm",  # the same plan gives the same file
-    }
-    with matplotlib.rc_context():  # puts the user's own style back at the end
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
-        figure = Figure((width, height), layout="constrained")
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)

@@ -7,7 +7,7 @@ from lightning_lwpm.partition.plan import PartitionPlan, Prediction
 from lightning_lwpm.pipeline.schedule import Action, Memory, Table, build
 from lightning_lwpm.pipeline.simulate import simulate
 
-__all__ = ["in_flight", "predict", "table_of"]
+__all__ = ["in_flight", "latency_of", "predict", "seconds_of", "table_of"]
 
 
 @lru_cache(maxsize=4096)
@@ -37,7 +37,7 @@ def table_of(plan: PartitionPlan, schedule: str) -> Callable[[int], Table]:
     def table(count: int) -> Table:
         if schedule != "auto":
             return build(schedule, len(plan.stages), count, plan.num_ranks, plan.ranks)
-        costs, latency = _seconds(plan), _latency(plan)
+        costs, latency = seconds_of(plan), latency_of(plan)
         return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory, split=False)
 
     return table
@@ -52,12 +52,12 @@ def predict(plan: PartitionPlan, schedule: str, num_microbatches: int, measured:
         num_microbatches: Number of micro-batches.
         measured: How many of the layer calls have been measured.
     """
-    table = table_of(plan, schedule)(num_microbatches)
-    run = simulate(table, plan.ranks, _seconds(plan), _latency(plan))
+    run = simulate(table_of(plan, schedule)(num_microbatches), plan.ranks, seconds_of(plan), latency_of(plan))
     return Prediction(num_microbatches, schedule, run.makespan, run.bubble, measured)
 
 
-def _seconds(plan: PartitionPlan) -> Callable[[Action], float]:
+def seconds_of(plan: PartitionPlan) -> Callable[[Action], float]:
+    """The seconds of each action of a plan."""
     by_kind = {
         "F": [stage.forward_seconds for stage in plan.stages],
         "B": [stage.backward_seconds for stage in plan.stages],
@@ -67,5 +67,6 @@ def _seconds(plan: PartitionPlan) -> Callable[[Action], float]:
     return lambda action: by_kind[action.kind][action.stage]
 
 
-def _latency(plan: PartitionPlan) -> Callable[[Action], float]:
+def latency_of(plan: PartitionPlan) -> Callable[[Action], float]:
+    """The seconds that the result of each action of a plan takes to another rank."""
     return lambda action: plan.stages[action.stage if action.kind == "F" else action.stage - 1].onward_seconds
