@@ -160,11 +160,11 @@ class Engine:
                 table = self.schedule(count)
             else:
                 table = build(self.schedule, stages, count, world, self.ranks)
-            kinds = {action.kind for row in table for action in row} - {"F", "B"}
+            kinds = {action.kind for row in table for action in row} - set("FBIW")
             if kinds:
                 raise ConfigurationError(
-                    f"schedule={self.schedule!r} has actions {sorted(kinds)}, which cannot be run; use one of 'F' and "
-                    "'B' only, such as '1f1b'"
+                    f"schedule={self.schedule!r} has actions {sorted(kinds)}, which cannot be run; use one of 'F', "
+                    "'B', 'I' and 'W' only, such as '1f1b'"
                 )
             self._tables[key] = table
         return self._tables[key]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
+from lightning_lwpm.staging.deferral import Deferral
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random
 from lightning_lwpm.staging.step import StagedStep
@@ -61,6 +62,7 @@ class Executor:
         self.random = {stage: TorchRandom(seed, stage, device) for stage in stages}
         self.step: StagedStep | None = None
         self.at_last = False
+        self.deferral = Deferral(lambda: self.step is not None and not self.step.inside)
 
     def run(
         self,
@@ -86,20 +88,27 @@ class Executor:
             PipelineError: if this or any other rank failed; the same message on every rank.
         """
         outputs: list[Any] = [None] * len(items)
-        for position, action in enumerate(actions):
-            with self.guarded(action):
-                item = items[action.microbatch]
-                began, waited = time.perf_counter(), self.mailbox.waited
-                self.postings.ahead(position)
-                if action.kind == "F":
-                    out = self._forward(action.stage, item, microbatch, forward)
-                    if self.at_last:
-                        outputs[action.microbatch] = out
-                else:
-                    with self.versions.of(action.stage):
-                        self._backward(action.stage, item, outputs, backward)
-                if item.grad:
-                    self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
+        split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
+        with self.deferral.batch():
+            for position, action in enumerate(actions):
+                with self.guarded(action):
+                    kind, stage, number = action
+                    item = items[number]
+                    began, waited = time.perf_counter(), self.mailbox.waited
+                    self.postings.ahead(position)
+                    if kind == "F":
+                        with self.deferral.forward() if (stage, number) in split else nullcontext():
+                            out = self._forward(stage, item, microbatch, forward)
+                        if self.at_last:
+                            outputs[number] = out
+                    elif kind == "W":
+                        self.deferral.weights((stage, number))
+                    else:
+                        part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
+                        with self.versions.of(stage), part:
+                            self._backward(stage, item, outputs, backward)
+                    if item.grad:
+                        self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
         return outputs
 
     def _forward(
@@ -154,6 +163,6 @@ class Executor:
             raise failure from error
 
     def _tell(self, action: Action) -> str:
-        names = {"F": "forward", "B": "backward"}
+        names = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients"}
         stage = f" in stage {action.stage}" if len(self.random) > 1 else ""
         return f"{names.get(action.kind, action.kind)} of micro-batch {action.microbatch}{stage}"

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import intercepted
 from lightning_lwpm.staging.layout import Unit
@@ -203,7 +204,7 @@ class StagedStep(TorchFunctionMode):
         """Call ``func`` as one thing: nothing inside it is intercepted."""
         inside, self.inside = self.inside, True
         try:
-            return func(*args, **kwargs)
+            return deferring(func)(*args, **kwargs)
         finally:
             self.inside = inside
 

@@ -10,7 +10,7 @@ from pool import Pool, WorkerError
 from torch import nn
 
 from lightning_lwpm.errors import ConfigurationError
-from lightning_lwpm.pipeline.schedule import GPIPE, ONE_F_ONE_B, Table, list_schedule, place
+from lightning_lwpm.pipeline.schedule import GPIPE, ONE_F_ONE_B, Action, Table, list_schedule, place
 from lightning_lwpm.staging.batch import Batch
 
 DEPTH, WIDTH = 8, 6
@@ -131,8 +131,8 @@ def test_errors_name_the_stage(pool: Pool) -> None:
 
 def test_what_cannot_be_run_is_refused(pool: Pool) -> None:
     arguments = (Skips, step, batches(), 4)
-    with pytest.raises(WorkerError, match=r"has actions .* which cannot be run"):
-        pool.run(2, train_pipelined, *arguments, "zbv", cuts(4), None, [0, 1, 1, 0], timeout=40)
+    with pytest.raises(WorkerError, match=r"has actions \['S'\], which cannot be run"):
+        pool.run(2, train_pipelined, *arguments, lambda _: [[Action("S", 0, 0)], []], cuts(2), None, [1, 0], timeout=40)
     with pytest.raises(WorkerError, match=r"placement=\[5, 0\]: ranks go from 0 to 1"):
         pool.run(2, train_pipelined, *arguments, "1f1b", cuts(2), None, [5, 0], timeout=40)
     with pytest.raises(WorkerError, match=ConfigurationError.__name__):
