@@ -18,6 +18,14 @@ made for several numbers of devices.
     lwpm plan --model examples.models.gpt:CharGPT --data examples.data.topics:TopicsDataModule --checkpoint last.ckpt
 """
 
+_TIMELINE = """\
+Draw schedules as they are planned, without a model, and tell how long they take. Times are in any unit, of one device
+and one micro-batch; stages of a device share them.
+
+    lwpm timeline --schedule 1f1b interleaved_1f1b zbv --stages 4 --microbatches 8 -o schedules.svg
+    lwpm timeline --schedule auto --stages 8 --microbatches 32 --backward 2.2 --latency 0.1 -o auto.json
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -31,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lwpm", description="Layer-wise model parallelism for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
+    _add_timeline(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -70,6 +79,34 @@ def _plan(args: argparse.Namespace) -> None:
     from lightning_lwpm.commands.plan import plan  # imports Lightning: seconds
 
     plan(args)
+
+
+def _add_timeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    timeline = commands.add_parser(
+        "timeline",
+        help="draw schedules without a model",
+        description=_TIMELINE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    timeline.add_argument("--schedule", nargs="+", help="names of schedules (default: all)")
+    timeline.add_argument("--stages", type=int, default=4, help="stages, or devices with several of them (default: 4)")
+    timeline.add_argument("--microbatches", type=int, default=8, help="number of micro-batches (default: 8)")
+    timeline.add_argument(
+        "--virtual-stages", type=int, help="stages a device, in schedules that take several (default: as few as needed)"
+    )
+    timeline.add_argument("--forward", type=float, default=1.0, help="time of a forward pass (default: 1)")
+    timeline.add_argument("--backward", type=float, default=2.0, help="time of a whole backward pass (default: 2)")
+    timeline.add_argument("--weight", type=float, help="its part for gradients of weights (default: half of it)")
+    timeline.add_argument("--latency", type=float, default=0.0, help="time of a tensor on its way (default: 0)")
+    timeline.add_argument("-o", "--output", help="write a picture (.svg, .png) or a trace for Perfetto (.json)")
+    timeline.add_argument("--csv", help="write the tables, a line a rank; one file a schedule")
+    timeline.set_defaults(run=_timeline)
+
+
+def _timeline(args: argparse.Namespace) -> None:
+    from lightning_lwpm.commands.timeline import timeline
+
+    timeline(args)
 
 
 if __name__ == "__main__":

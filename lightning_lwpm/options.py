@@ -1,12 +1,14 @@
 """Checks what the user wrote in the strategy's constructor: every message quotes it and says what to change."""
 
 import difflib
+import os
 import re
 from typing import Any
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.schedule import POLICIES
+from lightning_lwpm.timeline.write import check_path
 from lightning_lwpm.tuning.lineup import FEWEST, MOST
 
 __all__ = ["check_options", "parse_bytes"]
@@ -42,6 +44,8 @@ def check_options(
     process_group_backend: Any,
     start_method: Any,
     patience: Any,
+    timeline: Any,
+    log_bubble: Any,
 ) -> None:
     """Check the options that need no model.
 
@@ -104,6 +108,12 @@ def check_options(
         raise ConfigurationError(
             f"patience={patience!r}: pass the seconds after which a wait is explained, or 0 for never."
         )
+    if timeline is not None and not isinstance(timeline, str | os.PathLike):
+        raise ConfigurationError(f"timeline={timeline!r}: pass a path such as 'timeline.svg', or None for no timeline.")
+    if timeline is not None:
+        check_path(timeline, "timeline=")
+    if not isinstance(log_bubble, bool):
+        raise ConfigurationError(f"log_bubble={log_bubble!r}: pass True or False.")
 
 
 def _listed(names: Any) -> str:

@@ -28,6 +28,7 @@ from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
 from lightning_lwpm.training.processes import ProcessesStrategy
+from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import copies, gather, holders, move
@@ -72,6 +73,10 @@ class LWPMStrategy(ProcessesStrategy):
         timeout: Of the process group.
         start_method: How processes are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
         patience: A wait longer than this many seconds is explained on standard error; 0 for never.
+        timeline: A file to which rank 0 writes what ran when in three early batches, planned beside measured: a picture
+            (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).
+        log_bubble: Log the idle part of the devices' time, predicted and measured, as ``lwpm/bubble_predicted`` and
+            ``lwpm/bubble``, every ``log_every_n_steps`` batches; also done where there is a ``timeline``.
 
     Raises:
         ConfigurationError: for a value that cannot be used, saying which can.
@@ -91,6 +96,8 @@ class LWPMStrategy(ProcessesStrategy):
         timeout: timedelta | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         patience: float = 30.0,
+        timeline: PathLike | None = None,
+        log_bubble: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -109,7 +116,10 @@ class LWPMStrategy(ProcessesStrategy):
             process_group_backend=process_group_backend,
             start_method=start_method,
             patience=patience,
+            timeline=timeline,
+            log_bubble=log_bubble,
         )
+        self.timeline, self.log_bubble = timeline, log_bubble
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
@@ -120,6 +130,7 @@ class LWPMStrategy(ProcessesStrategy):
         self._hooks: Hooks | None = None
         self._steps: Steps | None = None
         self._reviewer: Reviewer | None = None
+        self._recorder: Recorder | None = None
         self._settled_at: int | None = None  # the epoch in which layers last could move
         self._copies: list[torch.nn.Module] = []
 
@@ -152,11 +163,15 @@ class LWPMStrategy(ProcessesStrategy):
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
+            if fitting and (self.timeline is not None or self.log_bubble):
+                self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
                 self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+            if self._recorder is not None:
+                trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
             self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count)
 
@@ -180,6 +195,8 @@ class LWPMStrategy(ProcessesStrategy):
             self.mailbox, self.transport, module, layout, self.root_device, schedule, serial, layout.ranks
         )
         self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
+        if self._recorder is not None:
+            self._recorder.attach(self._engine, self.plan)
         return self._engine
 
     def _move_weights(self, before: Layout | None, after: Layout) -> None:
@@ -322,6 +339,9 @@ class LWPMStrategy(ProcessesStrategy):
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+        if self._recorder is not None and self.lightning_module is not None:
+            self._recorder.remove(self.lightning_module.trainer)
+            self._recorder = None
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None

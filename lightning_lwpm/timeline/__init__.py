@@ -1,0 +1,1 @@
+"""Timelines: what ran when, planned and measured, as pictures and as traces."""
