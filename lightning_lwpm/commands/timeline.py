@@ -107,7 +107,7 @@ def _ranks(name: str, devices: int, each: int) -> list[int]:
 def _overview(shown: list[_Shown], args: argparse.Namespace) -> Overview:
     """One line a schedule."""
     table = Overview(
-        title=f"{args.microbatches} micro-batches on {args.stages} devices",
+        title=f"micro-batches: {args.microbatches}, devices: {args.stages}",
         caption="Bound: the least that any order of these actions takes. In flight: the most micro-batches at once, by "
         "stage. Kept: activations of the most micro-batches on a device, each counted as a whole device's.",
     )

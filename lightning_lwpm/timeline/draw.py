@@ -4,7 +4,7 @@
 
     planned     stage 0 |0|1|2|...|      0      |      a box an action, numbered by its micro-batch
                 stage 1     |0|   0   |1|...           later stages of a rank are lower boxes
-    measured    stage 0 | 0|1 |2|..|      0     |      a wait: pale, with a line in the colour of what it waits for
+    measured    stage 0 | 0|1 |2|..|      0     |      a wait: pale, underlined in the colour of what it waits for
                 stage 1      |0|    0   |1|...
                         0         time ->
 """
@@ -42,8 +42,11 @@ _REASONS = {
 }
 _INK, _DARK = "#202020", ("W", "optimizer")
 
-_WIDTH, _MARGIN, _ROW, _HEAD = (9.0, 18.0), 0.9, 0.3, 0.42
-"""Inches: least and greatest width, beside the rows, of a row, and of a panel's title and axis."""
+_WIDTH, _MARGIN, _ROW, _HEAD = (9.0, 18.0), 0.9, (0.42, 0.3), 0.42
+"""Inches: least and greatest width; beside the rows; of one of few and of many rows; of a panel's title and axis."""
+
+_FEW = 4
+"""Up to so many ranks are few."""
 
 _BOX, _LOWEST = 0.84, 0.62
 """Of a row: the height of the first stage's boxes, and the part of it that the last stage's of a rank have."""
@@ -66,11 +69,10 @@ def draw_timeline(panels: Sequence[Panel], path: str | os.PathLike[str], unit: s
     end = max((span.end for panel in panels for span in panel.spans), default=1.0) or 1.0
     width = min(max(_WIDTH[0], _MARGIN + _comfortable(panels, end)), _WIDTH[1])
     rows = [panel.num_ranks for panel in panels]
-    height = sum(rows) * _ROW + len(panels) * _HEAD + 0.75
+    height = sum(rows) * _ROW[max(rows) > _FEW] + len(panels) * _HEAD + 0.75
     with picture(path, width, height) as figure:
         figure.set_layout_engine("constrained", hspace=0.04, h_pad=0.03)
-        heights = [_ROW * count for count in rows]
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
         scale, name = next(((s, n) for s, n in _UNITS if end >= s), _UNITS[-1]) if unit == "s" else (1.0, unit)
         for place, panel in zip(axes, panels, strict=True):
             _draw_panel(place, panel, scale, (width - _MARGIN) / end)
@@ -91,7 +93,14 @@ def _comfortable(panels: Sequence[Panel], end: float) -> float:
 
 
 def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None:
-    """One panel; ``inches`` are those of a unit of time of the spans."""
+    """One panel.
+
+    Args:
+        axes: Where to.
+        panel: What to draw.
+        scale: The spans' unit of time, in that of the axis: divides their times.
+        inches: Of a unit of time of the spans.
+    """
     levels, rows = _levels(panel.ranks), _rows(panel)
     for kind in KINDS:
         spans = [span for span in panel.spans if span.kind == kind]
@@ -109,12 +118,12 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None
         if kind == "wait":
             _underline(axes, spans, rows, scale)
     for span in longest_pieces(panel.spans).values():
-        text = str(span.microbatch)
-        if span.seconds * inches > (len(text) + 0.5) * _SIZE * _LETTER / 72:
-            low, high = _extent(rows[span.rank], levels.get(span.stage, 1.0))
-            ink = "white" if span.kind in _DARK else _INK
-            middle = (span.begin + span.end) / 2 / scale
-            axes.text(middle, low + high / 2, text, ha="center", va="center_baseline", fontsize=_SIZE, color=ink)
+        ink = "white" if span.kind in _DARK else _INK
+        _write(axes, span, str(span.microbatch), rows[span.rank], levels.get(span.stage, 1.0), scale, inches, ink)
+    for span in panel.spans:
+        if span.kind == "wait":
+            text = f"stage {span.stage}" if span.name in ("activation", "gradient") else span.name
+            _write(axes, span, text, rows[span.rank], 1.0, scale, inches, _REASONS[span.name])
     axes.set_ylim(panel.num_ranks - 0.45, -0.55)
     axes.set_yticks(list(rows.values()), [_row_name(rank, panel.ranks) for rank in rows])
     axes.tick_params(axis="y", length=0, labelsize=7)
@@ -123,6 +132,16 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color("#b0b0b0")
     axes.set_title(panel.title)
+
+
+def _write(
+    axes: "Axes", span: Span, text: str, row: int, level: float, scale: float, inches: float, colour: str
+) -> None:
+    """Write into a box, if there is room."""
+    if span.seconds * inches > (len(text) + 0.5) * _SIZE * _LETTER / 72:
+        low, high = _extent(row, level)
+        middle = (span.begin + span.end) / 2 / scale
+        axes.text(middle, low + high / 2, text, ha="center", va="center_baseline", fontsize=_SIZE, color=colour)
 
 
 def _underline(axes: "Axes", waits: Sequence[Span], rows: Mapping[int, int], scale: float) -> None:
