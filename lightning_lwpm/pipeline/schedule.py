@@ -20,7 +20,6 @@ __all__ = [
     "GPIPE",
     "ONE_F_ONE_B",
     "POLICIES",
-    "SCHEDULES",
     "Action",
     "Costs",
     "Latency",
@@ -35,9 +34,6 @@ __all__ = [
     "place",
     "unit",
 ]
-
-SCHEDULES: dict[str, Policy] = {policy.name: policy for policy in (GPIPE, ONE_F_ONE_B)}
-"""The schedules that the executor can run; ``POLICIES`` has all that can be made and simulated."""
 
 
 def place(num_stages: int, num_ranks: int | None = None, style: str = "loop") -> list[int]:

@@ -18,8 +18,6 @@ __all__ = ["Lineup", "lineups"]
 FEWEST = {"interleaved_1f1b": 2, "zbv": 2}
 """The stages that a rank needs for a schedule; one suffices for all others."""
 
-RUN = [name for name, policy in POLICIES.items() if "W" not in policy.prefer]
-
 MOST = {"zbv": 2}
 """The stages that a rank can have in a schedule; all others take any number."""
 
@@ -54,9 +52,9 @@ def lineups(wish: Wish, num_ranks: int, places: int, train: bool = True) -> list
     if not train:
         return [Lineup("", tuple(place(_count(wish, num_ranks, 1, places), num_ranks)))]
     found = []
-    for name in ["1f1b", *RUN] if wish.schedule == "auto" else [wish.schedule]:
+    for name in ["1f1b", *POLICIES] if wish.schedule == "auto" else [wish.schedule]:
         stages = _count(wish, num_ranks, FEWEST.get(name, 1), places)
-        each = -(-stages // num_ranks)
+        each = stages / min(stages, num_ranks)
         if wish.schedule == "auto" and not FEWEST.get(name, 1) <= each <= MOST.get(name, each):
             continue
         style = "v" if POLICIES[name].style == "v" else "loop"

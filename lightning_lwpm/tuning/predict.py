@@ -38,7 +38,7 @@ def table_of(plan: PartitionPlan, schedule: str) -> Callable[[int], Table]:
         if schedule != "auto":
             return build(schedule, len(plan.stages), count, plan.num_ranks, plan.ranks)
         costs, latency = seconds_of(plan), latency_of(plan)
-        return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory, split=False)
+        return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory)
 
     return table
 

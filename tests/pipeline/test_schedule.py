@@ -11,7 +11,6 @@ from lightning_lwpm.pipeline.policies import Pipeline, unlimited
 from lightning_lwpm.pipeline.schedule import (
     ONE_F_ONE_B,
     POLICIES,
-    SCHEDULES,
     Action,
     Policy,
     build,
@@ -97,7 +96,7 @@ def test_tables_are_the_classical_ones(p, m):
         assert one_f_one_b[rank] == forward[:warm_up] + steady + backward[m - warm_up :]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_tables_are_complete_ordered_and_within_their_cap(name, p, m):
     table = build(name, p, m, p)
@@ -107,11 +106,11 @@ def test_tables_are_complete_ordered_and_within_their_cap(name, p, m):
         for kind in "FB":
             assert [i for k, _, i in table[rank] if k == kind] == list(range(m))
     result = simulate(table, place(p))
-    caps = SCHEDULES[name].caps(Pipeline(p, m, tuple(place(p))))
+    caps = POLICIES[name].caps(Pipeline(p, m, tuple(place(p))))
     assert all(held <= min(m, cap) for held, cap in zip(result.peak_in_flight, caps.stage, strict=True))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_makespan_is_that_of_the_formula(name, p, m):
     result = simulate(build(name, p, m, p), place(p))

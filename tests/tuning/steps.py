@@ -29,14 +29,16 @@ def timeline(
     return Timeline(tuple(calls), edges, tuple(allowed or [True] * len(calls)), tuple(flows))
 
 
-def costs(forward: Sequence[float], link: Link | None = None) -> Costs:
-    """Measured costs: a backward pass of two forward passes, one of them for the weights."""
-    return Costs(tuple(CallCost(f, 2 * f, f) for f in forward), link or Link(0.0, 1e15))
+def costs(forward: Sequence[float], link: Link | None = None, weight: float = 0.0) -> Costs:
+    """Measured costs: a backward pass of two forward passes, of which ``weight`` can be put off."""
+    return Costs(tuple(CallCost(f, 2 * f, weight * f) for f in forward), link or Link(0.0, 1e15))
 
 
-def look(samples: float, forward: Sequence[float], link: Link | None = None, **bytes_of: int) -> Look:
+def look(
+    samples: float, forward: Sequence[float], link: Link | None = None, weight: float = 0.0, **bytes_of: int
+) -> Look:
     """A look at a step whose layers take the given seconds for a micro-batch of that size."""
-    return Look(samples, timeline([f * 1e9 for f in forward], **bytes_of), costs(forward, link))
+    return Look(samples, timeline([f * 1e9 for f in forward], **bytes_of), costs(forward, link, weight))
 
 
 def probe_of(found: Look) -> Probe:

@@ -67,7 +67,7 @@ def test_never_negative_and_the_same_step(pair: list[Look], samples: float) -> N
 @pytest.mark.parametrize("samples", [1, 2, 6, 8, 20])
 def test_overhead_and_slope(samples: float) -> None:
     """Seconds of ``3 + 2 n`` at 4 and 8 samples are so at any size, and bytes of ``100 n`` too."""
-    pair = [look(n, [3 + 2 * n], kept=100 * n, passing=10 * n) for n in (4, 8)]
+    pair = [look(n, [3 + 2 * n], weight=1, kept=100 * n, passing=10 * n) for n in (4, 8)]
     found = at(pair, samples)
     assert found.costs.calls[0].forward == pytest.approx(3 + 2 * samples)
     assert found.costs.calls[0].weight == pytest.approx(3 + 2 * samples)
