@@ -1,55 +1,47 @@
-"""Autocast's casts, made before an operation instead of inside it: the same nodes of the graph, shared alike."""
+"""Autocast's casts, made before an operation instead of inside it: the very tensors that it casts and remembers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["Casts"]
+__all__ = ["lowered", "precision"]
+
+_convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class Casts:
-    """Casts as autocast makes them: a leaf is cast once as long as autocast remembers it, anything else each time.
+def precision(device: str) -> torch.dtype | None:
+    """The type that autocast gives to the arguments of products now, or ``None`` where it does nothing.
 
-    Two uses of a weight then add their gradients in the lower precision before these are cast back, as on any device
-    under autocast. What autocast remembers cannot be asked; whether it has forgotten is seen in a leaf of our own.
+    Args:
+        device: The type of the device.
     """
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
-    def __init__(self) -> None:
-        self._known: dict[nn.Parameter, Tensor] = {}
-        self._node: Any = None
-        self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def of(self, device: str) -> Callable[[Any], Any] | None:
-        """What autocast does to the arguments of an operation now, or ``None`` where it does nothing.
+def lowered(value: Any, dtype: torch.dtype) -> Any:
+    """An argument as autocast hands it to a product, with its place in the graph; anything but tensors as it is.
 
-        Args:
-            device: The type of the device.
-        """
-        if not torch.is_autocast_enabled(device):
-            return None
-        if device not in self._leaves:
-            self._leaves[device] = torch.empty(0, 1, device=device), nn.Parameter(torch.zeros(1, 1, device=device))
-        rows, leaf = self._leaves[device]
-        node = torch.mm(rows, leaf).grad_fn.next_functions[1][0]  # type: ignore[union-attr]
-        if node is not self._node:
-            self._node, self._known = node, {}
-        dtype = torch.get_autocast_dtype(device)
+    A leaf is cast once and remembered, so that all its uses share a cast, and add up their gradients before it.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (torch.float64, dtype):
+        return value
+    if value.is_leaf and value.requires_grad and value.dtype is torch.float32 and 1 <= value.dim() <= 5:
+        return _remembered(value)
+    return value.to(dtype)
 
-        def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            if value.dtype in (torch.float64, dtype):
-                return value
-            if not (type(value) is nn.Parameter and value.requires_grad and value.dtype is torch.float32):
-                return value.to(dtype)
-            if value not in self._known:
-                self._known[value] = value.to(dtype)
-            return self._known[value]
 
-        return cast
+def _remembered(leaf: Tensor) -> Tensor:
+    """What autocast remembers of a leaf: looked up in the graph of a product with nothing."""
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):  # a checkpoint's would run the layer again
+        if leaf.dim() > 2:
+            nothing = torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype, device=leaf.device, requires_grad=True)
+            return _convolve[leaf.dim()](nothing, leaf).grad_fn._saved_weight  # type: ignore[union-attr]
+        nothing = torch.empty(0, leaf.shape[0], dtype=leaf.dtype, device=leaf.device, requires_grad=True)
+        node: Any = torch.matmul(nothing, leaf).grad_fn
+        return node._saved_vec if leaf.dim() == 1 else node._saved_mat2
 
-    def clear(self) -> None:
-        """Let go of all."""
-        self._node, self._known = None, {}
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

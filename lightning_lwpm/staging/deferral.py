@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lwpm.staging.casts import Casts
+from lightning_lwpm.staging.casts import lowered, precision
 from lightning_lwpm.staging.products import OPERATIONS, Operation, Product
 from lightning_lwpm.staging.promise import Promise, evaluate
 from lightning_lwpm.staging.remote import localise
@@ -53,7 +53,6 @@ class Deferral:
 
     def __init__(self, between_layers: Callable[[], bool] = lambda: False) -> None:
         self.between_layers = between_layers
-        self.casts = Casts()
         self._key: Hashable = None  # of the micro-batch of which input gradients are being computed
         self._ledgers: dict[Tensor, _Ledger] = {}
         self._owed: dict[Hashable, dict[Tensor, _Ledger]] = defaultdict(dict)
@@ -111,7 +110,6 @@ class Deferral:
                 ledger.handle.remove()
                 weight.grad = ledger.total
             self._ledgers, self._owed = {}, defaultdict(dict)
-            self.casts.clear()
 
     def call(self, operation: Operation, args: Any, kwargs: Any) -> Tensor:
         """Call an operation so that the gradient of its weight can wait, if it can."""
@@ -130,9 +128,10 @@ class Deferral:
             or torch._C._are_functorch_transforms_active()
         ):
             return original(*args, **kwargs)
-        cast = self.casts.of(weight.device.type) if operation.casts else None
-        if cast is not None:
-            args, kwargs = [cast(value) for value in args], {key: cast(value) for key, value in kwargs.items()}
+        dtype = precision(weight.device.type) if operation.casts else None
+        if dtype is not None:
+            args = [lowered(value, dtype) for value in args]
+            kwargs = {key: lowered(value, dtype) for key, value in kwargs.items()}
         try:
             product = operation.product(*args, **kwargs)
         except TypeError:  # other arguments than those known: the function itself says what it thinks of them

@@ -78,8 +78,15 @@ def _of_second(column_major: bool, first: Tensor, grad: Tensor) -> Tensor:
     return grad.t().mm(first).t() if column_major else first.t().mm(grad)
 
 
-def _column_major(second: Tensor) -> bool:
-    return second.stride() == (1, second.shape[0])
+def _is_fused(dims: int) -> bool:
+    """Whether this version of torch adds the bias to a contiguous input's product in the same call."""
+    with torch.inference_mode(False), torch.enable_grad():
+        ones = torch.ones((1,) * dims, device="cpu", requires_grad=True)
+        node = _linear(ones, torch.ones(1, 1, device="cpu"), torch.ones(1, device="cpu")).grad_fn
+    return "Add" not in node.name().replace("Addmm", "")  # type: ignore[union-attr]
+
+
+_FUSED = frozenset(dims for dims in range(3, 8) if _is_fused(dims))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product | None:
@@ -87,8 +94,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Product
     if input.dim() < 2 or weight.dim() != 2:
         return None
     flat = input.reshape(-1, input.shape[-1]) if input.dim() > 2 else input
-    fused = bias is not None and (input.dim() == 2 or (input.dim() == 3 and input.is_contiguous()))
-    column_major = _column_major(weight.detach().t())
+    fused = bias is not None and (input.dim() == 2 or (input.dim() in _FUSED and input.is_contiguous()))
+    column_major = weight.stride() == (weight.shape[1], 1)  # of the transposed weight
     shape = input.shape[:-1]
 
     def gradients(x: Tensor, grad: Tensor) -> Sequence[Tensor]:
@@ -105,7 +112,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Product 
     """``torch.addmm``, which `transformers` calls in its ``Conv1D``."""
     if options or mat1.dim() != 2 or mat2.dim() != 2:
         return None
-    column_major = _column_major(mat2)
+    column_major = mat2.stride() == (1, mat2.shape[0])
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert bias is not None

@@ -60,9 +60,10 @@ class Tap(torch.autograd.Function):
             by_tensor = dict(zip(map(id, wanted), found, strict=True))
             return *nothing, None, *(by_tensor.get(id(tensor)) for tensor in (x, w, b))
         deferral = ctx.deferral
-        work = _Work(ctx.gradients, x, grad)
         if torch.is_grad_enabled() or not deferral.waiting:
-            return *nothing, grad, None, work.part(0), work.part(1) if ctx.both else None
+            of_weight, *rest = ctx.gradients(x, grad)
+            return *nothing, grad, None, of_weight, rest[0] if rest else None
+        work = _Work(ctx.gradients, x.detach(), grad.detach())  # without the graph that they come from
         of_weight = deferral.promise(ctx.weight, ctx.dtype, partial(work.part, 0))
         of_bias = deferral.promise(ctx.bias, ctx.dtype, partial(work.part, 1)) if ctx.both else None
         return *nothing, grad, None, of_weight, of_bias
