@@ -62,15 +62,16 @@ class Deferral:
         """The forward pass of a backward pass that is to be split."""
         global _current
         before, _current = _current, self
-        for operation in OPERATIONS:
-            setattr(operation.namespace, operation.name, _DEFERRED[operation.name])
+        # what someone else has put in the place of a function of torch's stays there
+        here = [op for op in OPERATIONS if getattr(op.namespace, op.name) is _ORIGINALS[op.name]]
+        for op in here:
+            setattr(op.namespace, op.name, _DEFERRED[op.name])
         try:
             yield
         finally:
             _current = before
-            if before is None:
-                for operation in OPERATIONS:
-                    setattr(operation.namespace, operation.name, _ORIGINALS[operation.name])
+            for op in here:
+                setattr(op.namespace, op.name, _ORIGINALS[op.name])
 
     @contextmanager
     def inputs(self, key: Hashable) -> Iterator[None]:
@@ -124,7 +125,6 @@ class Deferral:
             or not (bias is None or not bias.requires_grad or self._free(bias))
             or not torch.is_grad_enabled()
             or any(isinstance(v, Tensor) and type(v) not in _TYPES for v in (*args, *kwargs.values()))
-            or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):
             return original(*args, **kwargs)
@@ -208,7 +208,9 @@ def _deferred(operation: Operation) -> Callable[..., Tensor]:
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        return original(*args, **kwargs) if _current is None else _current.call(operation, args, kwargs)
+        if torch.compiler.is_compiling() or _current is None:  # compiled code stays as it is
+            return original(*args, **kwargs)
+        return _current.call(operation, args, kwargs)
 
     return call
 

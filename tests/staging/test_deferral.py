@@ -289,6 +289,14 @@ def test_function_transforms() -> None:
     check(PerSample, floats(3, 4))
 
 
+def test_compiled_layers() -> None:
+    def build() -> nn.Module:
+        inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        return nn.Sequential(nn.Linear(4, 4), torch.compile(inner, backend="aot_eager"), nn.Linear(4, 4))
+
+    assert check(build, floats(3, 4)) == {"0.weight", "2.weight"}
+
+
 def test_gradients_asked_for_inside_are_real() -> None:
     def step(model: nn.Module, x: Tensor) -> Tensor:
         loss = regress(model, x)
@@ -349,3 +357,16 @@ def test_nothing_is_left_behind() -> None:
     check(lambda: layer, floats(2, 3))
     assert (F.linear, torch.embedding, torch.addmm, F.conv2d) == before
     assert not layer.weight._post_accumulate_grad_hooks
+
+
+def test_what_others_have_put_in_place_of_a_function_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    linear = F.linear
+
+    def theirs(*args: Any) -> Tensor:
+        calls.append(len(args))
+        return linear(*args)
+
+    monkeypatch.setattr(F, "linear", theirs)
+    assert not check(lambda: nn.Linear(3, 3), floats(2, 3))
+    assert calls and F.linear is theirs
