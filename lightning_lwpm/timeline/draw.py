@@ -11,6 +11,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_lwpm.picture import picture
@@ -48,11 +49,15 @@ _WIDTH, _MARGIN, _ROW, _HEAD = (9.0, 18.0), 0.9, (0.42, 0.3), 0.42
 _FEW = 4
 """Up to so many ranks are few."""
 
-_BOX, _LOWEST = 0.84, 0.62
-"""Of a row: the height of the first stage's boxes, and the part of it that the last stage's of a rank have."""
+_BOX, _LOWEST, _LINE = 0.84, 0.62, 0.12
+"""Of a row the height of a whole box; of that the height of the last stage's boxes of a rank, and of a wait's line."""
 
 _SIZE, _LETTER = 6.5, 0.62
 """Points of the numbers in boxes, and the width of a digit as a part of it."""
+
+
+_MANY = 20_000
+"""More boxes than so many go into a SVG file as an image: it would be tens of megabytes otherwise."""
 
 
 def draw_timeline(panels: Sequence[Panel], path: str | os.PathLike[str], unit: str = "s") -> None:
@@ -92,38 +97,46 @@ def _comfortable(panels: Sequence[Panel], end: float) -> float:
     return (digits + 1.2) * _SIZE * _LETTER / 72 * end / typical if typical else _WIDTH[1]
 
 
-def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None:
-    """One panel.
+@dataclass(frozen=True)
+class _Sheet:
+    """Where and how the boxes of a panel are drawn.
 
-    Args:
+    Attributes:
         axes: Where to.
-        panel: What to draw.
-        scale: The spans' unit of time, in that of the axis: divides their times.
+        rows: The row of each rank.
+        levels: The height of the boxes of each stage, as a part of a row.
+        scale: The unit of the axis, in that of the spans.
         inches: Of a unit of time of the spans.
+        image: Whether boxes become an image in a SVG file.
     """
-    levels, rows = _levels(panel.ranks), _rows(panel)
-    for kind in KINDS:
-        spans = [span for span in panel.spans if span.kind == kind]
-        # one collection for all boxes of a height in a row: pictures of many thousand boxes stay quick
-        groups: dict[tuple[int, float], list[Span]] = {}
-        for span in spans:
-            groups.setdefault((rows[span.rank], levels.get(span.stage, 1.0) if kind in COMPUTE else 1.0), []).append(
-                span
-            )
-        for (row, level), boxes in groups.items():
-            bars = [(span.begin / scale, span.seconds / scale) for span in boxes]
-            edges: dict[str, Any] = {"edgecolor": "white", "linewidth": min(0.6, 5 * _median(boxes) * inches)}
-            look: dict[str, Any] = {"facecolors": _COLOURS[kind], **(edges if kind in COMPUTE else {"linewidth": 0.0})}
-            axes.broken_barh(bars, _extent(row, level), zorder=1 if kind == "wait" else 2, **look)
-        if kind == "wait":
-            _underline(axes, spans, rows, scale)
-    for span in longest_pieces(panel.spans).values():
-        ink = "white" if span.kind in _DARK else _INK
-        _write(axes, span, str(span.microbatch), rows[span.rank], levels.get(span.stage, 1.0), scale, inches, ink)
-    for span in panel.spans:
-        if span.kind == "wait":
-            text = f"stage {span.stage}" if span.name in ("activation", "gradient") else span.name
-            _write(axes, span, text, rows[span.rank], 1.0, scale, inches, _REASONS[span.name])
+
+    axes: "Axes"
+    rows: Mapping[int, int]
+    levels: Mapping[int, float]
+    scale: float
+    inches: float
+    image: bool
+
+    def boxes(self, spans: Sequence[Span], row: int, level: float, colour: str, **look: Any) -> None:
+        """Draw boxes of one row and height as one collection: pictures of many thousand boxes stay quick."""
+        bars = [(span.begin / self.scale, span.seconds / self.scale) for span in spans]
+        look = {"linewidth": 0.0, "zorder": 2, "rasterized": self.image, **look}
+        self.axes.broken_barh(bars, _extent(row, level), facecolors=colour, **look)
+
+    def write(self, span: Span, text: str, level: float, colour: str) -> None:
+        """Write into a box, if there is room."""
+        if span.seconds * self.inches > (len(text) + 0.5) * _SIZE * _LETTER / 72:
+            low, height = _extent(self.rows[span.rank], level)
+            place = (span.begin + span.end) / 2 / self.scale, low + height / 2
+            self.axes.text(*place, text, ha="center", va="center_baseline", fontsize=_SIZE, color=colour)
+
+
+def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None:
+    """One panel, on an axis of which a unit is ``scale`` units of its spans' time, and one of those so many inches."""
+    rows = _rows(panel)
+    sheet = _Sheet(axes, rows, _levels(panel.ranks), scale, inches, len(panel.spans) > _MANY)
+    _draw_work(sheet, [span for span in panel.spans if span.kind != "wait"])
+    _draw_waits(sheet, [span for span in panel.spans if span.kind == "wait"])
     axes.set_ylim(panel.num_ranks - 0.45, -0.55)
     axes.set_yticks(list(rows.values()), [_row_name(rank, panel.ranks) for rank in rows])
     axes.tick_params(axis="y", length=0, labelsize=7)
@@ -134,22 +147,30 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: float) -> None
     axes.set_title(panel.title)
 
 
-def _write(
-    axes: "Axes", span: Span, text: str, row: int, level: float, scale: float, inches: float, colour: str
-) -> None:
-    """Write into a box, if there is room."""
-    if span.seconds * inches > (len(text) + 0.5) * _SIZE * _LETTER / 72:
-        low, high = _extent(row, level)
-        middle = (span.begin + span.end) / 2 / scale
-        axes.text(middle, low + high / 2, text, ha="center", va="center_baseline", fontsize=_SIZE, color=colour)
+def _draw_work(sheet: _Sheet, spans: Sequence[Span]) -> None:
+    groups: dict[tuple[str, int, float], list[Span]] = {}
+    for span in spans:
+        level = sheet.levels[span.stage] if span.kind in COMPUTE else 1.0
+        groups.setdefault((span.kind, sheet.rows[span.rank], level), []).append(span)
+    for (kind, row, level), boxes in groups.items():
+        typical = sorted(span.seconds for span in boxes)[len(boxes) // 2]
+        line = {"edgecolor": "white", "linewidth": min(0.6, 5 * typical * sheet.inches)} if kind in COMPUTE else {}
+        sheet.boxes(boxes, row, level, _COLOURS[kind], **line)
+    for span in longest_pieces(spans).values():
+        ink = "white" if span.kind in _DARK else _INK
+        sheet.write(span, str(span.microbatch), sheet.levels[span.stage], ink)
 
 
-def _underline(axes: "Axes", waits: Sequence[Span], rows: Mapping[int, int], scale: float) -> None:
-    """A line at the foot of each wait, in the colour of what it waits for."""
-    for name, colour in _REASONS.items():
-        for rank in {span.rank for span in waits if span.name == name}:
-            bars = [(s.begin / scale, s.seconds / scale) for s in waits if (s.name, s.rank) == (name, rank)]
-            axes.broken_barh(bars, _extent(rows[rank], 0.12), facecolors=colour, linewidth=0.0, zorder=2)
+def _draw_waits(sheet: _Sheet, spans: Sequence[Span]) -> None:
+    """Waits, each with a line at its foot in the colour of what it waits for."""
+    groups: dict[tuple[str, int], list[Span]] = {}
+    for span in spans:
+        groups.setdefault((span.name, sheet.rows[span.rank]), []).append(span)
+        known = span.name in ("activation", "gradient") and span.stage >= 0
+        sheet.write(span, f"stage {span.stage}" if known else span.name, 1.0, _REASONS[span.name])
+    for (name, row), boxes in groups.items():
+        sheet.boxes(boxes, row, 1.0, _COLOURS["wait"], zorder=1)
+        sheet.boxes(boxes, row, _LINE, _REASONS[name])
 
 
 def _extent(row: int, level: float) -> tuple[float, float]:
@@ -180,10 +201,6 @@ def _row_name(rank: int, ranks: Sequence[int]) -> str:
         return f"rank {rank}, no stage"
     shown = ", ".join(map(str, stages)) if len(stages) <= 4 else f"{stages[0]}, {stages[1]} … {stages[-1]}"
     return f"rank {rank}, stage{'s' * (len(stages) > 1)} {shown}"
-
-
-def _median(spans: Sequence[Span]) -> float:
-    return sorted(span.seconds for span in spans)[len(spans) // 2]
 
 
 def _legend(figure: "Figure", panels: Sequence[Panel]) -> None:

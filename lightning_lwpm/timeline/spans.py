@@ -8,6 +8,7 @@
 """
 
 import re
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -135,22 +136,21 @@ def measured(
     pauses = sorted((begin, end, what) for what, begin, end in waits)
     whole = [Span(rank, str(a), a.kind, a.stage, a.microbatch, begin, end, "", batch) for a, begin, end in actions]
     whole += [Span(rank, kind, kind, -1, -1, begin, end, "", batch) for kind, begin, end in others]
-    spans = [piece for span in whole for piece in _without(span, pauses)]
+    begins, ends = [begin for begin, _, _ in pauses], [end for _, end, _ in pauses]
+    spans = [piece for span in whole for piece in _without(span, begins, ends)]
     for begin, end, what in pauses:
         stage, microbatch = _number("stage", what), _number("micro-batch", what)
         spans.append(Span(rank, reason(what), "wait", stage, microbatch, begin, end, what, batch))
     return sorted(spans, key=lambda span: span.begin)
 
 
-def _without(span: Span, pauses: Sequence[tuple[float, float, str]]) -> list[Span]:
-    """The pieces of a span that lie in no pause."""
+def _without(span: Span, begins: Sequence[float], ends: Sequence[float]) -> list[Span]:
+    """The pieces of a span that lie in no pause; pauses are in order and do not overlap."""
     pieces, begin = [], span.begin
-    for start, stop, _ in pauses:
-        if stop <= begin or start >= span.end:
-            continue
-        if start > begin:
-            pieces.append(replace(span, begin=begin, end=start))
-        begin = stop
+    for i in range(bisect(ends, span.begin), bisect(begins, span.end)):
+        if begins[i] > begin:
+            pieces.append(replace(span, begin=begin, end=begins[i]))
+        begin = ends[i]
     if begin < span.end:
         pieces.append(replace(span, begin=begin))
     return pieces
