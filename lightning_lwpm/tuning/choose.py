@@ -7,8 +7,8 @@ from typing import Literal
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
-from lightning_lwpm.tuning.lineup import Lineup, lineups
-from lightning_lwpm.tuning.needs import memory_of, places_of, room_of
+from lightning_lwpm.tuning.lineup import Lineup, called_again, lineups
+from lightning_lwpm.tuning.needs import fits, memory_of, places_of, room_of
 from lightning_lwpm.tuning.predict import predict
 from lightning_lwpm.tuning.refusal import refusal
 from lightning_lwpm.tuning.sized import Look, at
@@ -66,7 +66,8 @@ def choose(
     found: dict[int, Choice] = {}
     counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples)
     for count in counts:
-        best = _best(at(looks, (samples or 1) / count), seen, num_ranks, wish, count, each)
+        look = at(looks, (samples or 1) / count)
+        best = _best(look, seen, num_ranks, wish, count, called_again(look, seen, wish, num_ranks) + each)
         if best is not None:
             found[count] = best
     if not found:  # tell of what needs least: the smallest micro-batches, and the schedule that holds fewest of them
@@ -76,7 +77,8 @@ def choose(
     count = next(count for count in seconds if seconds[count] <= least * _AS_GOOD)
     chosen = found[count]
     if wish.schedule == "auto":
-        made = [Lineup("auto", ranks) for ranks in {lineup.ranks: None for lineup in each}]
+        each += called_again(chosen.look, seen, wish, num_ranks)
+        made = list(dict.fromkeys(replace(lineup, schedule="auto") for lineup in each))
         made = [lineup for lineup in made if 1 < lineup.stages * count <= _ORDERED]
         chosen = _best(chosen.look, seen, num_ranks, wish, count, made, chosen) or chosen
         seconds[count] = _seconds(chosen.plan)
@@ -131,22 +133,19 @@ def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, lin
     plan = make_plan(
         look.timeline,
         num_ranks,
-        wish.partition,
+        lineup.begins or wish.partition,
         lineup.ranks,
         look.costs,
         count if lineup.schedule else None,
         memory,
-        _wanted(wish, num_ranks, lineup),
+        lineup.stages if wish.partition == "auto" else max(lineup.stages, num_ranks),  # too few names are an error
     )
     if not lineup.schedule:
         return plan
+    if lineup.begins and not fits(plan, wish):
+        raise NothingFits(f"the stages {plan.cuts} do not fit the devices")
     plan = replace(plan, room=room_of(plan, wish))
     return replace(plan, prediction=predict(plan, lineup.schedule, count, look.costs.measured))
-
-
-def _wanted(wish: Wish, num_ranks: int, lineup: Lineup) -> int:
-    """Number of stages that layers named by the user are checked against: too few of them are an error."""
-    return lineup.stages if isinstance(wish.partition, str) else max(lineup.stages, num_ranks)
 
 
 def _seconds(plan: PartitionPlan) -> float:

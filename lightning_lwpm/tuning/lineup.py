@@ -9,11 +9,15 @@
 
 from dataclasses import dataclass
 
+from lightning_lwpm.partition.again import again
+from lightning_lwpm.partition.cuts import label
+from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.schedule import POLICIES, place
+from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
-__all__ = ["Lineup", "lineups"]
+__all__ = ["FEWEST", "MOST", "Lineup", "called_again", "lineups"]
 
 FEWEST = {"interleaved_1f1b": 2, "zbv": 2}
 """The stages that a rank needs for a schedule; one suffices for all others."""
@@ -29,10 +33,12 @@ class Lineup:
     Args:
         schedule: Its name; "" for evaluation.
         ranks: The rank of each stage.
+        begins: The layer calls with which stages 1, 2, ... begin; ``None`` where that is left open.
     """
 
     schedule: str
     ranks: tuple[int, ...]
+    begins: tuple[str, ...] | None = None
 
     @property
     def stages(self) -> int:
@@ -60,6 +66,26 @@ def lineups(wish: Wish, num_ranks: int, places: int, train: bool = True) -> list
         style = "v" if POLICIES[name].style == "v" else "loop"
         found.append(Lineup(name, tuple(place(stages, min(stages, num_ranks), style))))
     return list(dict.fromkeys(found))
+
+
+def called_again(look: Look, seen: Probe, wish: Wish, num_ranks: int) -> list[Lineup]:
+    """What comes into question besides where layers are called again later: their stages on one rank.
+
+    Args:
+        look: The step.
+        seen: Where parameters are used.
+        wish: What the user asked for.
+        num_ranks: Number of ranks.
+    """
+    if wish.partition != "auto" or wish.virtual_stages != "auto" or wish.schedule in FEWEST:
+        return []
+    found = again(look.timeline, look.costs.work, seen.parameters.values(), num_ranks)
+    if found is None:
+        return []
+    calls = [look.timeline.calls[cut] for cut in found[0]]
+    begins = tuple(label(call.name, call.occurrence) for call in calls)
+    names = ("1f1b", "interleaved_1f1b") if wish.schedule == "auto" else (wish.schedule,)
+    return [Lineup(name, tuple(found[1]), begins) for name in names]
 
 
 def _count(wish: Wish, num_ranks: int, each: int, places: int) -> int:

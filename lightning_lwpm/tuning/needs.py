@@ -10,7 +10,7 @@ from lightning_lwpm.tuning.predict import in_flight
 from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
-__all__ = ["memory_of", "places_of", "room_of"]
+__all__ = ["fits", "memory_of", "places_of", "room_of"]
 
 
 def places_of(look: Look) -> int:
@@ -45,6 +45,14 @@ def memory_of(look: Look, seen: Probe, lineup: Lineup, count: int, wish: Wish) -
         in_flight=lambda stage, _: in_flight(schedule, ranks, count)[stage] if schedule else 1,
         limits=[wish.limits[rank] / ranks.count(rank) for rank in ranks] if wish.limits else [math.inf] * len(ranks),
     )
+
+
+def fits(plan: PartitionPlan, wish: Wish) -> bool:
+    """Whether the stages of each rank fit its device together; weights that several of them use count in each."""
+    left = list(wish.limits) or [math.inf] * plan.num_ranks
+    for stage in plan.stages:
+        left[stage.rank] -= sum(stage.memory.values())
+    return min(left) >= 0
 
 
 def room_of(plan: PartitionPlan, wish: Wish) -> tuple[float, ...]:

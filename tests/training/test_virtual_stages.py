@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import lightning as L
 import pytest
-from training.modules import Classifier
-from training.runs import Runs, same
+import torch
+from torch.utils.data import DataLoader
+from training.modules import Classifier, data
+from training.runs import Runs, same, weights
 from training.test_checkpoints import Saved
 from training.test_matrix import clipping, groups_and_scheduler, two_loaders
 from training.test_planning import short
@@ -38,6 +41,38 @@ def test_stages_are_spread_in_turn(runs: Runs) -> None:
         assert plan.ranks == (1, 0, 1, 0)
     named = {"partition": ["blocks.0", "blocks.2", "head"], "schedule": "gpipe"}
     assert runs.on(2, short, 4, **named)[0]["plan"].ranks == (1, 0, 1, 0)
+
+
+class Siamese(Classifier):
+    """A tower that is called twice, and a head for both."""
+
+    def __init__(self) -> None:
+        super().__init__(width=512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tower(x) * self.tower(-x))
+
+    def tower(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inlet(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return h
+
+
+def siamese(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Siamese()
+    L.Trainer(**kwargs, max_epochs=1).fit(module, DataLoader(data(192), 64))
+    return {"weights": weights(module), "ranks": getattr(module.trainer.strategy, "plan", None)}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p"])
+def test_a_module_called_again_gets_another_stage_on_its_rank(runs: Runs, schedule: str) -> None:
+    """Its weights are held once; the parts of their gradients are summed in the order in which stages come to them."""
+    one = runs.one(siamese, 4)
+    for rank, found in enumerate(runs.on(2, siamese, 4, schedule=schedule)):
+        assert found["ranks"].ranks == (1, 0, 1, 0)
+        same(one["weights"], found["weights"], f"rank {rank}", tolerance=1e-5)
 
 
 def test_layers_that_move_between_several_stages_change_no_number(runs: Runs) -> None:
