@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from lines import Line, connected
 from live_bytes import LiveBytes
 from partition_models import CASES, Case
-from partition_runs import WARM_UP, Line, connected, engine, placed, probed, zero_gradients
+from partition_runs import WARM_UP, engine, placed, probed, zero_gradients
 from rich.table import Table
 from torch import nn
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from lines import Line, connected
 from partition_models import CASES, Case
 from torch import nn
 
@@ -27,9 +27,7 @@ from lightning_lwpm.partition.plan import PartitionPlan, make_plan
 from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.partition.timeline import Timeline
 from lightning_lwpm.pipeline.engine import Engine
-from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.schedule import place as place_stages
-from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placement import place
@@ -37,7 +35,7 @@ from lightning_lwpm.tuning.cache import CostCache
 from lightning_lwpm.tuning.link import measure_link
 from lightning_lwpm.tuning.profile import profile
 
-__all__ = ["METHODS", "Line", "Outcome", "compare", "connected", "engine", "placed", "probed", "zero_gradients"]
+__all__ = ["METHODS", "Outcome", "compare", "engine", "placed", "probed", "zero_gradients"]
 
 CPU = torch.device("cpu")
 WARM_UP = 2  # the first step learns what to send, the second is the first that sends it
@@ -51,53 +49,6 @@ METHODS: dict[str, Callable[[Timeline], list[float]]] = {
     "flops": lambda timeline: [call.flops for call in timeline.calls],
 }
 """What the others balance: the amount of each layer call."""
-
-
-class Line:
-    """The connections of the first ``stages`` ranks, over which several engines run one after another.
-
-    Args:
-        rank: This rank.
-        stages: Number of ranks that are connected.
-    """
-
-    def __init__(self, rank: int, stages: int) -> None:
-        members = dist.new_group(list(range(stages)))
-        groups = {direction: dist.new_group(list(range(stages))) for direction in ("down", "up")}
-        self.rank, self.stages, self.serial, self.turn = rank, stages, 0, 0
-        if rank >= stages:
-            return
-
-        def gather(value: Any) -> list[Any]:
-            values: list[Any] = [None] * stages
-            dist.all_gather_object(values, value, group=members)
-            return values
-
-        self.mailbox = Mailbox(rank, stages, gather, patience=600)
-        self.transport = Transport(self.mailbox, groups)
-
-    def gather(self, value: Any = None) -> list[Any]:
-        """The value of every rank, on every rank; also a barrier."""
-        self.turn += 1
-        return self.mailbox.gather(("benchmark", self.turn), value)
-
-    def share(self, value: Any) -> Any:
-        """The value of rank 0, on every rank."""
-        self.turn += 1
-        return self.mailbox.broadcast(("benchmark", self.turn), value)
-
-    def close(self) -> None:
-        """End the connections."""
-        if self.rank < self.stages:
-            self.gather()
-            self.transport.close()
-            self.mailbox.close()
-
-
-def connected(rank: int, world: int, sizes: Iterable[int]) -> dict[int, Line]:
-    """The connections for each number of stages; ``world`` is the largest."""
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    return {stages: Line(rank, stages) for stages in sorted(sizes)}
 
 
 @dataclass(frozen=True)
