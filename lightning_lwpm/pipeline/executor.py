@@ -41,6 +41,7 @@ class Executor:
     Attributes:
         step: The run of the user's step that is under way.
         at_last: Whether it is, or was, one of the last stage, which runs to the loss.
+        deferral: The weight gradients that a split backward pass has left for later.
     """
 
     def __init__(
