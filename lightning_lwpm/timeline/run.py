@@ -18,8 +18,8 @@ def run_panels(
     """Planned and measured, on one axis of time that begins with the first span.
 
     The plan of each batch begins where its first action was measured to begin, or at the end of the plan of the batch
-    before, if that is later. Where the plan knows no seconds, but FLOPs, its times are stretched so that all its work
-    takes as long as it was measured to take.
+    before, if that is later. Where the plan knows FLOPs but no seconds, its times are stretched so that all its work
+    takes as long as it was measured to take, and links take no time.
 
     Args:
         spans: Measured spans of all ranks, by one clock.
@@ -59,7 +59,8 @@ def _planned(plan: PartitionPlan, begins: dict[int, float], work: float) -> Pane
     told = plan.prediction
     assert told is not None
     table = table_of(plan, told.schedule)(told.num_microbatches)
-    costs, latency = seconds_of(plan), latency_of(plan)
+    # seconds of links have no measure in FLOPs
+    costs, latency = seconds_of(plan), latency_of(plan) if told.measured else 0.0
     run = simulate(table, plan.ranks, costs, latency)
     one = planned(table, plan.ranks, run, costs, latency)
     stretch = 1.0 if told.measured else work / len(begins) / (busy(one) or 1.0)

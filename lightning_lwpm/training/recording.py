@@ -60,6 +60,7 @@ class Recorder(Callback):
 
     def attach(self, engine: Engine, plan: PartitionPlan | None) -> None:
         """Record the work of another engine from now on: the first one, or the layers have moved."""
+        engine.record = [] if self.mailbox.waits is not None else None
         self.engine, self.plan = engine, plan
         self._spans = self._spans if self._sent else []
 
@@ -200,7 +201,8 @@ class Recorder(Callback):
             # the longest is that of the first stage, where a batch begins and ends
             capacity = len(ranks) * max(lasted for _, lasted in told)
             found = {"lwpm/bubble": 1.0 - sum(worked for worked, _ in told) / capacity} if capacity else {}
-            if self.plan is not None and self.plan.prediction is not None:
-                found["lwpm/bubble_predicted"] = self.plan.prediction.bubble
+            predicted = self.plan.prediction if self.plan is not None else None
+            if predicted is not None and predicted.measured:  # FLOPs alone tell nothing of links
+                found["lwpm/bubble_predicted"] = predicted.bubble
             for logger in trainer.loggers:
                 logger.log_metrics(found, step)

@@ -43,16 +43,16 @@ def bubbles(rows: list[tuple[Any, dict[str, float]]]) -> dict[int, dict[str, flo
     return {step: row for step, row in rows if "lwpm/bubble" in row}
 
 
-@pytest.mark.parametrize(("world", "schedule"), [(2, "interleaved_1f1b"), (3, "1f1b")])
+@pytest.mark.parametrize(("world", "schedule"), [(2, "zbv"), (3, "1f1b")])
 def test_what_a_run_records(runs: Runs, tmp_path: Path, world: int, schedule: str) -> None:
     path = tmp_path / "new" / "trace.json"
-    found = runs.on(world, fit, 4, schedule=schedule, timeline=str(path))
+    found = runs.on(world, fit, 4, schedule=schedule, costs="measured", timeline=str(path))
     spans = slices(path)
     assert {span["args"]["batch"] for span in spans} == {10, 11, 12}
-    stages = world * (2 if schedule == "interleaved_1f1b" else 1)
+    stages, kinds = (2 * world, "FIW") if schedule == "zbv" else (world, "FB")
     for batch in (10, 11, 12):
         done = {s["name"] for s in spans if s["tid"] == 0 and s["args"]["batch"] == batch}
-        actions = {f"{stage}{kind}{i}" for stage in range(stages) for kind in "FB" for i in range(4)}
+        actions = {f"{stage}{kind}{i}" for stage in range(stages) for kind in kinds for i in range(4)}
         assert done == actions | {"data", "optimizer"}
     threads = defaultdict(list)
     for span in spans:
@@ -91,6 +91,16 @@ def test_a_short_epoch_gives_its_last_batches(runs: Runs, tmp_path: Path) -> Non
     path = tmp_path / "trace.json"
     runs.on(2, one_epoch_of_five, 2, timeline=str(path))
     assert {span["args"]["batch"] for span in slices(path)} == {2, 3, 4}
+
+
+def test_layers_that_move_are_recorded_where_they_go(runs: Runs, tmp_path: Path) -> None:
+    def moving(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return fit(kwargs, batches=4, max_epochs=3, log_every_n_steps=1)
+
+    path = tmp_path / "trace.json"
+    found = runs.on(2, moving, 4, partition=["head"], repartition_every_n_epochs=1, timeline=str(path))
+    assert sorted(bubbles(found[0]["rows"])) == list(range(12))
+    assert {span["args"]["batch"] for span in slices(path)} == {1, 2, 3}
 
 
 def test_one_process_has_a_timeline_too(runs: Runs, tmp_path: Path) -> None:
