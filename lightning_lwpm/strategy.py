@@ -75,8 +75,8 @@ class LWPMStrategy(ProcessesStrategy):
         patience: A wait longer than this many seconds is explained on standard error; 0 for never.
         timeline: A file to which rank 0 writes what ran when in three early batches, planned beside measured: a picture
             (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).
-        log_bubble: Log the idle part of the devices' time, every ``log_every_n_steps`` batches: ``lwpm/bubble``, and with
-            measured costs ``lwpm/bubble_predicted``. Also done where there is a ``timeline``.
+        log_bubble: Log the idle part of the devices' time, every ``log_every_n_steps`` batches: ``lwpm/bubble``, and
+            with measured costs ``lwpm/bubble_predicted``. Also done where there is a ``timeline``.
 
     Raises:
         ConfigurationError: for a value that cannot be used, saying which can.
