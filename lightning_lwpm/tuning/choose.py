@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lightning_lwpm.partition.cuts import label
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.merge import NothingFits
 from lightning_lwpm.partition.plan import PartitionPlan, make_plan
+from lightning_lwpm.pipeline.schedule import build
+from lightning_lwpm.tuning.balance import balanced
 from lightning_lwpm.tuning.lineup import Lineup, called_again, lineups
 from lightning_lwpm.tuning.needs import fits, memory_of, places_of, room_of
-from lightning_lwpm.tuning.predict import predict
+from lightning_lwpm.tuning.predict import predict, shortest
 from lightning_lwpm.tuning.refusal import refusal
 from lightning_lwpm.tuning.sized import Look, at
 from lightning_lwpm.tuning.wish import Wish
@@ -75,14 +78,40 @@ def choose(
     seconds = {count: _seconds(choice.plan) for count, choice in found.items()}
     least = min(seconds.values())
     count = next(count for count in seconds if seconds[count] <= least * _AS_GOOD)
-    chosen = found[count]
-    if wish.schedule == "auto":
-        each += called_again(chosen.look, seen, wish, num_ranks)
-        made = list(dict.fromkeys(replace(lineup, schedule="auto") for lineup in each))
-        made = [lineup for lineup in made if 1 < lineup.stages * count <= _ORDERED]
-        chosen = _best(chosen.look, seen, num_ranks, wish, count, made, chosen) or chosen
-        seconds[count] = _seconds(chosen.plan)
-    return replace(chosen, considered=seconds)
+    look, chosen = found[count].look, found[count]
+    evened = [_evened(lineup, look, seen, num_ranks, wish, count) for lineup in each]
+    chosen = _best(look, seen, num_ranks, wish, count, [lineup for lineup in evened if lineup], chosen) or chosen
+    plan = chosen.plan
+    if (
+        wish.schedule == "auto"
+        and 1 < len(plan.stages) * count <= _ORDERED
+        and shortest(plan) * _FASTER < _seconds(plan)
+    ):
+        made = Lineup("auto", plan.ranks, _begins(look, plan.cuts))
+        chosen = _best(look, seen, num_ranks, wish, count, [made], chosen) or chosen
+    return replace(chosen, considered={**seconds, count: _seconds(chosen.plan)})
+
+
+def _evened(lineup: Lineup, look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int) -> Lineup | None:
+    """The same line-up with cuts that even out ranks with several stages; ``None`` where that makes no difference."""
+    if len(set(lineup.ranks)) == lineup.stages or wish.partition != "auto" or lineup.stages * count > _ORDERED:
+        return None
+    memory = memory_of(look, seen, lineup, count, wish)
+    try:
+        plan = planned(look, seen, num_ranks, wish, count, lineup)
+    except NothingFits:
+        return None
+    few = min(count, 2 * num_ranks)  # as many as show how ranks wait for each other
+    table = build(lineup.schedule, lineup.stages, few, num_ranks, lineup.ranks)
+    feasible = memory.feasible if memory.limited else None
+    cuts = balanced(look.timeline, look.costs, plan.cuts, table, lineup.ranks, feasible)
+    return replace(lineup, begins=_begins(look, cuts)) if cuts != plan.cuts else None
+
+
+def _begins(look: Look, cuts: Sequence[int]) -> tuple[str, ...]:
+    """What a user would call the places of some cuts."""
+    calls = [look.timeline.calls[cut] for cut in cuts]
+    return tuple(label(call.name, call.occurrence) for call in calls)
 
 
 def _best(
@@ -130,16 +159,14 @@ def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, lin
     """
     assert not isinstance(wish.partition, PartitionPlan), "resolve the wish first"
     memory = memory_of(look, seen, lineup, count, wish)
-    plan = make_plan(
-        look.timeline,
-        num_ranks,
-        lineup.begins or wish.partition,
-        lineup.ranks,
-        look.costs,
-        count if lineup.schedule else None,
-        memory,
-        lineup.stages if wish.partition == "auto" else max(lineup.stages, num_ranks),  # too few names are an error
-    )
+
+    def made(partition: str | Sequence[str]) -> PartitionPlan:
+        turns = count if lineup.schedule else None
+        # too few names are an error
+        stages = lineup.stages if wish.partition == "auto" else max(lineup.stages, num_ranks)
+        return make_plan(look.timeline, num_ranks, partition, lineup.ranks, look.costs, turns, memory, stages)
+
+    plan = made(lineup.begins or wish.partition)
     if not lineup.schedule:
         return plan
     if lineup.begins and not fits(plan, wish):

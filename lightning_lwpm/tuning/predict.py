@@ -5,9 +5,9 @@ from functools import lru_cache
 
 from lightning_lwpm.partition.plan import PartitionPlan, Prediction
 from lightning_lwpm.pipeline.schedule import Action, Memory, Table, build
-from lightning_lwpm.pipeline.simulate import simulate
+from lightning_lwpm.pipeline.simulate import bound, simulate
 
-__all__ = ["in_flight", "latency_of", "predict", "seconds_of", "table_of"]
+__all__ = ["in_flight", "latency_of", "predict", "seconds_of", "shortest", "table_of"]
 
 
 @lru_cache(maxsize=4096)
@@ -54,6 +54,13 @@ def predict(plan: PartitionPlan, schedule: str, num_microbatches: int, measured:
     """
     run = simulate(table_of(plan, schedule)(num_microbatches), plan.ranks, seconds_of(plan), latency_of(plan))
     return Prediction(num_microbatches, schedule, run.makespan, run.bubble, measured)
+
+
+def shortest(plan: PartitionPlan) -> float:
+    """Seconds of a step that no order of the plan's actions can beat."""
+    assert plan.prediction is not None
+    table = table_of(plan, plan.prediction.schedule)(plan.prediction.num_microbatches)
+    return bound(table, plan.ranks, seconds_of(plan), latency_of(plan))
 
 
 def seconds_of(plan: PartitionPlan) -> Callable[[Action], float]:
