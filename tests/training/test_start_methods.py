@@ -24,7 +24,9 @@ SCRIPT = """
         quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         trainer = L.Trainer(accelerator="cpu", devices=2, strategy={strategy!r}, max_epochs=1, **quiet)
         trainer.fit(module, train_loader(), val_loader())
-        print("RESULT", float(trainer.callback_metrics["val/loss"]), module(torch.ones(1, 6)).tolist())
+        result = float(trainer.callback_metrics["val/loss"]), module(torch.ones(1, 6)).tolist()
+        sys.stdout.write("RESULT " + repr(result) + chr(10))  # in one go: ranks share the stream
+        sys.stdout.flush()
 """
 
 
