@@ -23,7 +23,7 @@ from lightning_lwpm.tuning.choose import Choice
 
 __all__ = ["plan"]
 
-_OURS = ("num_microbatches", "schedule", "device_memory", "costs")
+_OURS = ("num_microbatches", "schedule", "virtual_stages", "device_memory", "costs")
 
 
 def plan(args: argparse.Namespace) -> None:
