@@ -36,7 +36,7 @@ def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Tran
         return values
 
     mailbox = Mailbox(rank, world, gather, patience=patience)
-    return mailbox, Transport(mailbox, {direction: dist.new_group() for direction in ("down", "up")})
+    return mailbox, Transport(mailbox)
 
 
 def engine(

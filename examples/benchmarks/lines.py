@@ -21,7 +21,6 @@ class Line:
 
     def __init__(self, rank: int, stages: int) -> None:
         members = dist.new_group(list(range(stages)))
-        groups = {direction: dist.new_group(list(range(stages))) for direction in ("down", "up")}
         self.rank, self.stages, self.serial, self.turn = rank, stages, 0, 0
         if rank >= stages:
             return
@@ -32,7 +31,7 @@ class Line:
             return values
 
         self.mailbox = Mailbox(rank, stages, gather, patience=600)
-        self.transport = Transport(self.mailbox, groups)
+        self.transport = Transport(self.mailbox)
 
     def gather(self, value: Any = None) -> list[Any]:
         """The value of every rank, on every rank; also a barrier."""

@@ -14,7 +14,7 @@ from lightning_lwpm.pipeline.transport import Receive
 from lightning_lwpm.staging.record import Trace
 from lightning_lwpm.staging.remote import Meta, Name
 
-__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell", "way"]
+__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell"]
 
 Layout = tuple[int, ...] | None
 """The strides of a gradient; ``None`` where there is no gradient."""
@@ -175,11 +175,6 @@ def join(arrival: Arrival, grad: bool) -> Tensor:
 def count(meta: Meta) -> int:
     """Number of elements."""
     return meta.nbytes // meta.dtype.itemsize
-
-
-def way(source: int, target: int) -> str:
-    """The direction of what one rank sends to another: each has links of its own, whatever the stages are."""
-    return "down" if source > target else "up"
 
 
 def tell(name: Name) -> str:

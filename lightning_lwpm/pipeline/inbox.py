@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell, way
+from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Receive, Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
@@ -85,10 +85,9 @@ class Inbox:
                 return False
             self._learn(producer, item)
         rank = self.desk.ranks[producer]
-        direction = way(rank, self.desk.mailbox.rank)
         with self.desk.lock:
             self._receives[producer, item.serial] = [
-                (entry, self.transport.receive(direction, rank, count(entry.meta), entry.meta.dtype))
+                (entry, self.transport.receive(rank, count(entry.meta), entry.meta.dtype))
                 for entry in self._agreed[producer].active(item.signature, item.serial)
             ]
             self._posted[producer] = item.serial
@@ -210,7 +209,7 @@ class Inbox:
             for entry in agreed:
                 gradient = gradients[entry.name]
                 flat = torch.zeros(count(entry.meta), dtype=entry.meta.dtype) if gradient is None else to_wire(gradient)
-                self.transport.send(way(desk.mailbox.rank, rank), rank, flat)
+                self.transport.send(rank, flat)
             for arrival in flight.arrivals.values():
                 if arrival.pulled and arrival.stage == producer and arrival.meta.requires_grad:
                     gradient = arrival.gradient

@@ -88,7 +88,7 @@ class Links:
                 connection.send_bytes(data)
 
     def close(self) -> None:
-        """Say farewell, and end all threads: see [Note: the end of the interpreter] in ``transport``."""
+        """Say farewell, and end all threads: none may come back to an interpreter that is being taken down."""
         self.closing = True
         self.send_anyway(_FAREWELL)
         self._shut(socket.SHUT_WR)

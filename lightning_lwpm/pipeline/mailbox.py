@@ -101,7 +101,7 @@ class Mailbox:
                 with self._waiting(what):
                     while not letters.get((kind, key)):
                         self.check()
-                        if self._has_left(source):
+                        if self.has_left(source):
                             break
                         self._condition.wait(_POLL_SECONDS)
             if box := letters.get((kind, key)):
@@ -118,15 +118,26 @@ class Mailbox:
             for message in self._unhandled.pop(kind, []):
                 self._requests.put((kind, *message))
 
-    def wait(self, event: threading.Event, what: str, source: int | None = None) -> None:
-        """Wait for an event that another thread sets, breaking off at a failure; see :meth:`take`."""
-        if event.is_set():
+    def wait(self, until: Callable[[float], bool], what: str, source: int | None = None) -> None:
+        """Wait for something, breaking off at a failure; see :meth:`take`.
+
+        Args:
+            until: Waits up to some seconds, and tells whether it is there, as the ``wait`` of an event does.
+            what: Says, for people, what is waited for from whom.
+            source: The rank that it comes from.
+        """
+        if until(0):
             return
         with self._waiting(what):
-            while not event.wait(_POLL_SECONDS):
+            while not until(_POLL_SECONDS):
                 self.check()
-                if self._has_left(source) and not event.wait(_POLL_SECONDS):
+                if self.has_left(source) and not until(_POLL_SECONDS):
                     raise self._left(source, what)
+
+    def has_left(self, source: int | None) -> bool:
+        """Whether nothing can come from a rank, or with ``None`` from any other, because it has ended its program."""
+        left = self._links.farewells
+        return bool(left) and (left >= set(self._links.peers) if source is None else source in left)
 
     # -- all together --------------------------------------------------------------------------------------------
 
@@ -217,7 +228,7 @@ class Mailbox:
         self.label = self.names[self.rank]
 
     def close(self) -> None:
-        """Say farewell, and end all threads: see [Note: the end of the interpreter] in ``transport``."""
+        """Say farewell, and end all threads."""
         with self._telling:  # a failure that another thread is about to tell goes before the farewell
             if self._links.closing:
                 return
@@ -277,11 +288,6 @@ class Mailbox:
             except Exception as error:
                 self.failed(f"answering '{kind}' of {self.names[source]}", error)
             del request, key, payload  # a thread that waits holds on to no tensor
-
-    def _has_left(self, source: int | None) -> bool:
-        """Whether nothing can come from a rank, or with ``None`` from any other, because it has ended its program."""
-        left = self._links.farewells
-        return bool(left) and (left >= set(self._links.peers) if source is None else source in left)
 
     def _left(self, source: int | None, what: str) -> LWPMError:
         who = self.names[source] if source is not None else "every other rank"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, count, way
+from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, count
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
@@ -62,7 +62,9 @@ class Outbox:
                 if len(desk.flights) < window or (oldest is not None and own - oldest.done):
                     return
                 desk.room.clear()
-            desk.mailbox.wait(desk.room, f"later stages, which are over {window} batches behind stage {desk.stage}")
+            desk.mailbox.wait(
+                desk.room.wait, f"later stages, which are over {window} batches behind stage {desk.stage}"
+            )
 
     def publish(self, flight: Flight, step: StagedStep) -> None:
         """The forward has left: send what was agreed, answer who has asked early."""
@@ -76,9 +78,8 @@ class Outbox:
             waiting = self._waiting.pop(item.serial, [])
         for consumer, entries in sending.items():
             rank = self.desk.ranks[consumer]
-            direction = way(self.desk.mailbox.rank, rank)
             for entry in entries:
-                self.transport.send(direction, rank, _payload(flight.retained.get(entry.name), entry.meta))
+                self.transport.send(rank, _payload(flight.retained.get(entry.name), entry.meta))
             if consumer == self.desk.stage + 1 and not any(count(entry.meta) for entry in entries):
                 self.desk.mailbox.post(rank, "forward-left", (item.serial, consumer))
             if item.grad:
@@ -123,10 +124,8 @@ class Outbox:
         if flight is None or consumer not in flight.sent:
             return False
         rank = self.desk.ranks[consumer]
-        direction = way(rank, self.desk.mailbox.rank)
         flight.gradients[consumer] = [
-            self.transport.receive(direction, rank, count(entry.meta), entry.meta.dtype)
-            for entry in flight.sent[consumer]
+            self.transport.receive(rank, count(entry.meta), entry.meta.dtype) for entry in flight.sent[consumer]
         ]
         return True
 

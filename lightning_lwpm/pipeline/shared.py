@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lightning_lwpm.pipeline.flight import way
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.pipeline.wire import from_wire, to_wire
@@ -69,13 +68,11 @@ class SharedGradients:
                 if other == self.rank:
                     continue
                 if name in have[other]:
-                    receives[name, other] = self.transport.receive(
-                        way(other, self.rank), other, parameter.numel(), parameter.dtype
-                    )
+                    receives[name, other] = self.transport.receive(other, parameter.numel(), parameter.dtype)
                 if name in mine:
                     assert parameter.grad is not None
                     # as it is: from here on nothing writes into this gradient, the sum is another tensor
-                    self.transport.send(way(self.rank, other), other, to_wire(parameter.grad.contiguous()))
+                    self.transport.send(other, to_wire(parameter.grad.contiguous()))
         for name, parameter, holders in self.parameters:
             total: torch.Tensor | None = None
             parts = 0

@@ -48,11 +48,11 @@ def _turns(transport: Transport, peer: int, rank: int) -> tuple[float, float]:
         for _ in range(turns + 1):
             begin = time.perf_counter()
             if rank < peer:
-                transport.send("up", peer, flat)
-                transport.receive("down", peer, nbytes, torch.uint8).wait(f"an answer of rank {peer}")
+                transport.send(peer, flat)
+                transport.receive(peer, nbytes, torch.uint8).wait(f"an answer of rank {peer}")
             else:
-                transport.receive("up", peer, nbytes, torch.uint8).wait(f"a message of rank {peer}")
-                transport.send("down", peer, flat)
+                transport.receive(peer, nbytes, torch.uint8).wait(f"a message of rank {peer}")
+                transport.send(peer, flat)
             seconds.append((time.perf_counter() - begin) / 2)
-        medians.append(statistics.median(seconds[1:]))  # the first message opens the connection
+        medians.append(statistics.median(seconds[1:]))  # the first message warms up
     return medians[0], medians[1]
