@@ -112,6 +112,12 @@ class PartitionPlan:
         return tuple(stage.rank for stage in self.stages)
 
     @property
+    def goes_round(self) -> bool:
+        """Whether each next stage is on the next rank, round and round, as where nobody says anything else."""
+        ranks = min(self.num_ranks, len(self.stages))
+        return self.ranks == tuple(after % ranks for after in reversed(range(len(self.stages))))
+
+    @property
     def cuts(self) -> list[int]:
         """Index in the timeline of the first call of each stage but the first."""
         return list(accumulate(len(stage.calls) for stage in self.stages[:-1]))

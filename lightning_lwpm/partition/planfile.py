@@ -7,7 +7,8 @@
     - tower@1                 # a later call of a layer
     num_microbatches: 8
     schedule: 1f1b
-    devices: 3
+    devices: 2
+    ranks: [0, 1, 1, 0]       # of each stage, where they do not simply go round
     expected: ...             # for reading only
     stages: ...               # for reading only
 """
@@ -26,14 +27,14 @@ from lightning_lwpm.partition.units import human_bytes
 
 __all__ = ["PlanFile", "load_plan", "save_plan"]
 
-_READ = ("cuts", "num_microbatches", "schedule", "devices")
+_READ = ("cuts", "num_microbatches", "schedule", "devices", "ranks")
 _KNOWN = (*_READ, "expected", "stages")
 _EXAMPLE = "cuts: [model.h.5]"
 
 _HEAD = """\
 # A partition plan of lightning_lwpm, to read and to edit. LWPMStrategy(partition="<this file>") uses it.
-# Only cuts, num_microbatches and schedule are read back, and devices, to tell whether the plan fits. All but cuts may
-# be left out.
+# Only cuts, num_microbatches, schedule and ranks are read back, and devices, to tell whether the plan fits. All but cuts
+# may be left out.
 """
 _CUTS = (
     "# The layers with which stages 1, 2, ... begin; stage 0 begins by itself. name@1 is the second call of a layer."
@@ -51,12 +52,14 @@ class PlanFile:
         num_microbatches: In how many micro-batches to split a batch; ``None`` if the file does not say.
         schedule: Name of the schedule, not checked here; ``None`` if the file does not say.
         devices: For how many devices the plan was made; ``None`` if the file does not say.
+        ranks: The rank of each stage; ``None`` if the file does not say.
     """
 
     cuts: list[str]
     num_microbatches: int | None = None
     schedule: str | None = None
     devices: int | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 def save_plan(plan: PartitionPlan, path: str | os.PathLike[str]) -> None:
@@ -124,7 +127,8 @@ def load_plan(path: str | os.PathLike[str]) -> PlanFile:
     if schedule is not None and (not isinstance(schedule, str) or not schedule.strip()):
         raise ConfigurationError(f"{name!r}: schedule={schedule!r}: write a name, such as 1f1b, or leave the line out")
     counts = {key: _count(data.get(key), key, name) for key in ("num_microbatches", "devices")}
-    return PlanFile(_cuts(data["cuts"], name), schedule=schedule, **counts)
+    cuts = _cuts(data["cuts"], name)
+    return PlanFile(cuts, schedule=schedule, ranks=_ranks(data.get("ranks"), len(cuts) + 1, name), **counts)
 
 
 def _text(plan: PartitionPlan) -> str:
@@ -133,6 +137,8 @@ def _text(plan: PartitionPlan) -> str:
     if told is not None:
         named = {"schedule": told.schedule} if told.schedule else {}
         chosen = {"num_microbatches": told.num_microbatches, **named, **chosen}
+        if not plan.goes_round:
+            chosen["ranks"] = list(plan.ranks)
         chosen["expected"] = {
             "step_ms": _milliseconds(told.step_seconds),
             "bubble": round(told.bubble, 3),
@@ -214,6 +220,16 @@ def _count(value: Any, key: str, name: str) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigurationError(f"{name!r}: {key}={value!r}: write a positive integer, or leave the line out")
     return value
+
+
+def _ranks(ranks: Any, stages: int, name: str) -> tuple[int, ...] | None:
+    if ranks is None:
+        return None
+    if not isinstance(ranks, list) or len(ranks) != stages or any(type(r) is not int or r < 0 for r in ranks):
+        raise ConfigurationError(
+            f"{name!r}: ranks={ranks!r}: write the rank of each of the {stages} stages, or leave the line out"
+        )
+    return tuple(ranks)
 
 
 def _is_number(value: Any) -> bool:

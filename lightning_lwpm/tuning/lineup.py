@@ -55,6 +55,9 @@ def lineups(wish: Wish, num_ranks: int, places: int, train: bool = True) -> list
         places: Number of stages into which the step can be cut at most.
         train: Whether there is a backward pass; without one, a rank needs no second stage.
     """
+    if wish.ranks is not None and max(wish.ranks) < num_ranks:
+        names = [wish.schedule] if wish.schedule != "auto" else ["1f1b", *POLICIES]
+        return [Lineup(name if train else "", wish.ranks) for name in dict.fromkeys(names)]
     if not train:
         return [Lineup("", tuple(place(_count(wish, num_ranks, 1, places), num_ranks)))]
     found = []

@@ -21,6 +21,7 @@ class Wish:
         limits: Bytes of each rank's device; infinite where there is no limit.
         state_factor: Bytes of optimizer state for each byte of trained parameters.
         virtual_stages: Stages a rank, or "auto": as many as the schedule needs.
+        ranks: The rank of each stage, where a plan says it.
     """
 
     partition: str | Sequence[str] | PartitionPlan = "auto"
@@ -29,6 +30,7 @@ class Wish:
     limits: tuple[float, ...] = ()
     state_factor: float = 0.0
     virtual_stages: int | Literal["auto"] = "auto"
+    ranks: tuple[int, ...] | None = None
 
     def resolved(self) -> "Wish":
         """The same with the layers that a plan names, and what else it says where the user has left it open.
@@ -40,14 +42,16 @@ class Wish:
             told = self.partition.prediction
             cuts = [stage.begins for stage in self.partition.stages[1:]]
             count, schedule = (told.num_microbatches, told.schedule) if told is not None else (None, None)
+            ranks = None if self.partition.goes_round else self.partition.ranks
         elif isinstance(self.partition, str) and self.partition != "auto":
             file = load_plan(self.partition)
-            cuts, count, schedule = file.cuts, file.num_microbatches, file.schedule
+            cuts, count, schedule, ranks = file.cuts, file.num_microbatches, file.schedule, file.ranks
         else:
             return self
         return replace(
             self,
             partition=cuts,
+            ranks=ranks,
             num_microbatches=(count or "auto") if self.num_microbatches == "auto" else self.num_microbatches,
             schedule=(schedule or "auto") if self.schedule == "auto" else self.schedule,
         )

@@ -42,7 +42,7 @@ def test_the_file_is_read_by_people_and_by_programs(tmp_path):
     save_plan(THREE, path)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# A partition plan")
-    assert "Only cuts, num_microbatches and schedule are read back" in text
+    assert "Only cuts, num_microbatches, schedule and ranks are read back" in text
     assert "cuts:\n- transformer.h.3.ln_1\n- tower@1\n" in text
     assert "num_microbatches: 8\nschedule: 1f1b\ndevices: 3\n" in text
     data = yaml.safe_load(text)
@@ -118,6 +118,7 @@ def test_a_model_cut_by_the_file_of_its_plan_has_the_same_plan(tmp_path, ranks):
         ("cuts: [model.h.5]", PlanFile(["model.h.5"])),
         ("- model.h.2\n- model.h.5  # here\n", PlanFile(["model.h.2", "model.h.5"])),
         ("[]", PlanFile([])),
+        ("cuts: [a, b]\nranks: [0, 1, 0]", PlanFile(["a", "b"], ranks=(0, 1, 0))),
         ("schedule: gpipe\nnum_microbatches:\ncuts: [a@1]", PlanFile(["a@1"], schedule="gpipe")),
     ],
 )

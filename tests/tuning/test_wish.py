@@ -6,6 +6,7 @@ import pytest
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan, Prediction, StagePlan
+from lightning_lwpm.tuning.lineup import Lineup, lineups
 from lightning_lwpm.tuning.wish import Wish
 
 STAGES = tuple(
@@ -36,6 +37,16 @@ def test_the_users_own_words_come_first(as_file: bool, tmp_path: Path) -> None:
     given = str(path) if as_file else TOLD
     assert Wish(given, 3, "auto").resolved() == Wish(["a@1"], 3, "gpipe")
     assert Wish(given, "auto", "1f1b").resolved() == Wish(["a@1"], 6, "1f1b")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_stages_stay_on_their_ranks(as_file: bool, tmp_path: Path) -> None:
+    stages = tuple(StagePlan(i, rank, ((f"l{i}", 0),), 1, 4, 0.5, 0) for i, rank in enumerate((0, 1, 1, 0)))
+    plan, path = PartitionPlan(stages, 2, Prediction(6, "zb1p", 1.0, 0.1)), tmp_path / "plan.yaml"
+    plan.save(path)
+    wish = Wish(str(path) if as_file else plan).resolved()
+    assert wish == Wish(["l1", "l2", "l3"], 6, "zb1p", ranks=(0, 1, 1, 0))
+    assert lineups(wish, 2, 10) == [Lineup("zb1p", (0, 1, 1, 0))]
 
 
 def test_a_plan_that_expects_nothing_leaves_the_rest_open(tmp_path: Path) -> None:
