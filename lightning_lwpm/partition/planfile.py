@@ -33,8 +33,8 @@ _EXAMPLE = "cuts: [model.h.5]"
 
 _HEAD = """\
 # A partition plan of lightning_lwpm, to read and to edit. LWPMStrategy(partition="<this file>") uses it.
-# Only cuts, num_microbatches, schedule and ranks are read back, and devices, to tell whether the plan fits. All but cuts
-# may be left out.
+# Only cuts, num_microbatches, schedule and ranks are read back, and devices, to tell whether the plan fits.
+# All but cuts may be left out.
 """
 _CUTS = (
     "# The layers with which stages 1, 2, ... begin; stage 0 begins by itself. name@1 is the second call of a layer."
