@@ -1,0 +1,1 @@
+"""Training without flushes: how late gradients come, and what makes up for it."""

@@ -1,0 +1,30 @@
+"""Corrections by the name that users write."""
+
+from collections.abc import Callable
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.asynchronous.correction import Correction
+from lightning_lwpm.pipeline.asynchronous.discount import Discount
+from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
+from lightning_lwpm.pipeline.asynchronous.prediction import Prediction
+from lightning_lwpm.pipeline.asynchronous.stash import Stash
+
+__all__ = ["CORRECTIONS", "correction"]
+
+CORRECTIONS: dict[str, Callable[..., Correction]] = {
+    kind.name: kind for kind in (Correction, ErrorFeedback, Prediction, Discount, Stash)
+}
+"""All corrections by name; each is called with (optimizer, parameters, delay)."""
+
+
+def correction(name: str) -> Callable[..., Correction]:
+    """The correction of that name.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if name not in CORRECTIONS:
+        raise ConfigurationError(
+            f"staleness_correction={name!r} is not known; choose one of {', '.join(map(repr, CORRECTIONS))}."
+        )
+    return CORRECTIONS[name]
