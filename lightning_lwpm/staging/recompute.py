@@ -1,0 +1,223 @@
+"""Activations computed again in the backward pass instead of being kept.
+
+::
+
+    activation_checkpointing    kept of a micro-batch from F to B
+    "none"                      x   h.0 [.....]   h.1 [.....]   h.2 [.....]     everything
+    "layer"                     x   h.0           h.1           h.2             what goes into each layer
+    "stage"                     x                                               what the stage has received
+
+Numbers and side effects are those of a run that keeps everything: what is computed again draws the same random
+numbers, finds modules as they were at its first run, and leaves them as they are.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lightning_lwpm.staging.record import Record
+from lightning_lwpm.staging.remote import Name, Remote
+from lightning_lwpm.staging.versions import NOT_STATE
+
+__all__ = ["MODES", "Recompute", "again", "layers_of"]
+
+MODES = ("none", "layer", "stage")
+
+_LEFT_ALONE = NOT_STATE | {"forward"}  # which whoever runs a step puts there for its time
+
+
+class Recompute:
+    """What a rank computes again.
+
+    Args:
+        mode: One of ``MODES``.
+        root: The model.
+        within: The modules of which each lies in one stage as a whole; by default the whole model does.
+    """
+
+    def __init__(self, mode: str, root: nn.Module, within: Iterable[str] | None = None) -> None:
+        self.mode, self.modules = mode, list(root.modules())
+        self.layers = layers_of(root, within) if mode != "none" else []
+
+    def run(self, step: Callable[[Any], Any], peers: Any, last: bool) -> Any:
+        """Run a stage's part of a step with a backward pass to come.
+
+        The last stage is computed again by layers in any case: what it logs and measures is no part of the model.
+
+        Args:
+            step: Runs it, asking the peers that it is given.
+            peers: Answers for the earlier stages.
+            last: Whether it is the last stage.
+        """
+        if self.mode == "stage" and not last:
+            return again(lambda: step(_Pristine(peers)), self.modules, to_its_end=True)
+        with _layers_recomputed(self.layers) if self.layers else nullcontext():
+            return step(peers)
+
+
+def layers_of(root: nn.Module, within: Iterable[str] | None = None) -> list[nn.Module]:
+    """The layers that are worth computing again: blocks in lists, where there are such; single operations are not.
+
+    Args:
+        root: The model.
+        within: The modules to look in; by default the whole model.
+    """
+    found: list[nn.Module] = []
+    for name in [child for child, _ in root.named_children()] if within is None else within:
+        module = root.get_submodule(name)
+        parent = root.get_submodule(name.rpartition(".")[0])
+        blocks = [module] if isinstance(parent, nn.ModuleList | nn.Sequential) else list(_blocks(module))
+        found += [block for block in blocks or [module] if _composite(block)]
+    return list(dict.fromkeys(found))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost members of lists in a module that are made of several layers."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and _composite(child):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+@contextmanager
+def _layers_recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let calls of layers within the block keep only what goes into them."""
+    absent = object()
+    before = [(layer, layer.__dict__.get("forward", absent)) for layer in layers]
+    for layer in layers:
+        layer.__dict__["forward"] = _Again(layer)
+    try:
+        yield
+    finally:
+        for layer, forward in before:
+            if forward is absent:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
+
+
+class _Again:
+    """Stands in for a layer's ``forward``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.forward = layer, layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return again(self.forward, list(self.layer.modules()), args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.forward
+
+
+def again(
+    function: Callable[..., Any],
+    modules: Sequence[nn.Module],
+    args: Any = (),
+    kwargs: Any = None,
+    to_its_end: bool = False,
+) -> Any:
+    """Call a function, and again in the backward pass, as if it were called once.
+
+    Args:
+        function: Called with ``args`` and ``kwargs``.
+        modules: What it may change: their buffers, attributes, and what lists and dicts among these hold.
+        args: Kept for the second call.
+        kwargs: The same.
+        to_its_end: Whether the second call may not be left by an exception once all is there.
+    """
+    found = _State(modules)
+    with set_checkpoint_early_stop(not to_its_end):
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), found.back()),
+            **(kwargs or {}),
+        )
+
+
+class _State:
+    """Modules as they are now, but for parameters.
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = list(modules)
+        self.copies = [
+            {key: buffer.detach().clone() if buffer is not None else None for key, buffer in m._buffers.items()}
+            for m in modules
+        ]
+        self.attributes = [_attributes(module) for module in modules]
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """The modules as they were; afterwards they are as before."""
+        now = [_attributes(module) for module in self.modules]
+        buffers = [dict(module._buffers) for module in self.modules]
+        for module, copies, attributes in zip(self.modules, self.copies, self.attributes, strict=True):
+            # by replacement: whatever holds the buffers themselves sees no change
+            module._buffers.update({key: copy.clone() if copy is not None else None for key, copy in copies.items()})
+            _put(module, attributes)
+        try:
+            yield
+        finally:
+            for module, held, attributes in zip(self.modules, buffers, now, strict=True):
+                module._buffers.update(held)
+                _put(module, attributes)
+
+
+Attributes = dict[str, tuple[Any, Any]]
+"""By name: an attribute, and what it holds if it is a container."""
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    return {key: (value, _content(value)) for key, value in vars(module).items() if key not in _LEFT_ALONE}
+
+
+def _content(value: Any) -> Any:
+    return value.copy() if type(value) in (list, dict, set) else None
+
+
+def _put(module: nn.Module, attributes: Attributes) -> None:
+    for key in [key for key in vars(module) if key not in _LEFT_ALONE and key not in attributes]:
+        del module.__dict__[key]
+    for key, (value, content) in attributes.items():
+        if content is not None:
+            value.clear()
+            value.extend(content) if type(value) is list else value.update(content)
+        module.__dict__[key] = value
+
+
+class _Pristine:
+    """Answers a staged step with copies of what was received, so that it can be run again from the same tensors.
+
+    Args:
+        peers: Answers with the tensors themselves.
+    """
+
+    def __init__(self, peers: Any) -> None:
+        self.peers = peers
+        self._given: dict[tuple[int, Name], Tensor] = {}
+
+    def record(self, stage: int, key: Any) -> Record:
+        """What the call ``key`` of an earlier stage returned."""
+        return self.peers.record(stage, key)  # type: ignore[no-any-return]
+
+    def value(self, remote: Remote) -> Tensor:
+        """A copy of the data of a remote tensor, the same one each time."""
+        key = (remote.stage, remote.label)
+        if key not in self._given:
+            tensor = self.peers.value(remote)
+            # elements that share a place cannot be changed in place
+            self._given[key] = tensor if 0 in tensor.stride() else tensor.clone()
+        return self._given[key]
