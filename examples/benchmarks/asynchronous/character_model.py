@@ -56,11 +56,25 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def stages(
-    count: int, num_microbatches: int, steps: int, seed: int, correction: Callable[..., Correction]
+    count: int, num_microbatches: int, steps: int, seed: int, correction: Callable[..., Correction], init: str = "torch"
 ) -> list[Stage]:
-    """The model in ``count`` stages of as many blocks each, AdamW, linear warm-up and cosine."""
+    """The model in ``count`` stages of as many blocks each, AdamW, linear warm-up and cosine.
+
+    Args:
+        count: Number of stages.
+        num_microbatches: Micro-batches of a batch.
+        steps: Steps of the whole run.
+        seed: Seed of the weights.
+        correction: What corrects each stage.
+        init: ``"torch"`` for PyTorch's own initial weights, ``"gpt"`` for those of GPT-2 (deviation 0.02).
+    """
     torch.manual_seed(seed)
     net = GPT(vocab_size=96, block_size=CONTEXT, n_layer=8, n_embd=96, n_head=4, dropout=0.0)
+    if init == "torch":
+        for module in net.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.reset_parameters()
+        nn.init.normal_(net.positions.weight, std=0.02)
     layers = [Embedding(net), *net.blocks, nn.Sequential(net.norm, net.head)]
     cuts = [0, *(1 + 8 * k // count for k in range(1, count)), len(layers)]
 

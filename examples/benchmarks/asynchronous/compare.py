@@ -21,7 +21,7 @@ from emulation import Emulation
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, correction
 
-KEY = ("correction", "stages", "microbatches", "steps", "exact_steps", "seed")
+KEY = ("correction", "stages", "microbatches", "steps", "exact_steps", "clip", "init", "seed")
 
 
 def chosen(text: str) -> functools.partial[Correction]:
@@ -34,14 +34,17 @@ def chosen(text: str) -> functools.partial[Correction]:
 def train(text: Text, run: dict[str, Any]) -> dict[str, Any]:
     """Train once; the run with its losses."""
     name, count = ("none", 1) if run["correction"] == "exact" else (run["correction"], run["stages"])
-    parts = stages(count, run["microbatches"], run["steps"], run["seed"], chosen(name))
-    emulation = Emulation(parts, run["microbatches"], loss, run["exact_steps"])
+    parts = stages(count, run["microbatches"], run["steps"], run["seed"], chosen(name), run["init"])
+    emulation = Emulation(
+        parts, run["microbatches"], loss, run["exact_steps"], clip=run["clip"], apart=name.startswith("anticipation")
+    )
     start = time.perf_counter()
     losses = emulation.run(text.batches(run["steps"], run["seed"] + 1000))
     with emulation.base():
         val = validate(parts, text)
-    tail = losses[-20:]
-    return {**run, "val": val, "train": sum(tail) / len(tail), "seconds": time.perf_counter() - start}
+    size = max(1, len(losses) // 30)
+    curve = [sum(losses[i : i + size]) / size for i in range(0, len(losses), size)]
+    return {**run, "val": val, "curve": curve, "seconds": time.perf_counter() - start}
 
 
 def table(results: list[dict[str, Any]]) -> None:
@@ -49,22 +52,19 @@ def table(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(
-        "steps", "stages", "micro-batches", "correction", "exact steps", "seeds", "val loss", "spread", "gap %"
-    )
-    exact = {(r["steps"], r["seed"]): r["val"] for r in results if r["correction"] == "exact"}
+    settings = ("init", "clip", "steps", "stages", "microbatches", "correction", "exact_steps")
+    rival = ("init", "clip", "steps", "seed")
+    exact = {tuple(r[key] for key in rival): r["val"] for r in results if r["correction"] == "exact"}
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(tuple(result[key] for key in ("steps", *KEY[1:3], "correction", "exact_steps")), []).append(
-            result
-        )
+        groups.setdefault(tuple(result[key] for key in settings), []).append(result)
+    view = Table(*settings, "seeds", "val loss", "spread", "gap %")
     for key, members in sorted(groups.items()):
         losses = [member["val"] for member in members]
-        gaps = [m["val"] / exact[m["steps"], m["seed"]] - 1 for m in members if (m["steps"], m["seed"]) in exact]
-        gap = f"{100 * sum(gaps) / len(gaps):+.2f}" if gaps else "?"
-        spread = max(losses) - min(losses)
-        view.add_row(*map(str, key), str(len(losses)), f"{sum(losses) / len(losses):.4f}", f"{spread:.4f}", gap)
-    Console(width=120).print(view)
+        gaps = [100 * (m["val"] / exact[tuple(m[name] for name in rival)] - 1) for m in members]
+        mean, gap = sum(losses) / len(losses), sum(gaps) / len(gaps)
+        view.add_row(*map(str, key), str(len(losses)), f"{mean:.4f}", f"{max(losses) - min(losses):.4f}", f"{gap:+.2f}")
+    Console(width=140).print(view)
 
 
 def main() -> None:
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8])
     parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS), help="name or name:option=number,...")
     parser.add_argument("--exact-steps", type=int, default=0, help="exact steps at the start")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of each stage's gradient")
+    parser.add_argument("--init", choices=["torch", "gpt"], default="torch", help="initial weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
@@ -83,9 +85,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results = json.loads(args.out.read_text()) if args.out.exists() else []
     there = {tuple(result[key] for key in KEY) for result in results}
-    exact = [("exact", 1, 1, args.steps, 0, seed) for seed in args.seeds]
+    exact = [("exact", 1, 1, args.steps, 0, args.clip, args.init, seed) for seed in args.seeds]
     wanted = [
-        (name, count, m, args.steps, args.exact_steps, seed)
+        (name, count, m, args.steps, args.exact_steps, args.clip, args.init, seed)
         for seed in args.seeds
         for count in args.stages
         for m in args.microbatches

@@ -1,6 +1,5 @@
-"""Training without flushes, emulated in one process by the version formula: every pass uses the weights it would use."""
+"""Training without flushes, emulated in one process: every pass uses the weights that the version formula says."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from lightning_lwpm.pipeline.asynchronous.in_place import writable
 
 @dataclass
 class Piece:
-    """Micro-batches ``start`` to ``stop`` of one batch, which one stage took forward at once."""
+    """Micro-batches ``start`` to ``stop`` of one batch, which one stage takes forward, and backward, at once."""
 
     start: int
     stop: int
-    round: int
+    version: int
     input: Tensor
     output: Tensor
 
@@ -35,24 +34,28 @@ class Stage:
     scheduler: LRScheduler
     correction: Correction
     delay: Delay
-    pieces: dict[int, list[Piece]] = field(default_factory=lambda: defaultdict(list))
-    waiting: dict[int, Tensor] = field(default_factory=dict)
-    done: int = 0
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor | None] = field(default_factory=dict)
+    pieces: dict[int, Piece] = field(default_factory=dict)
+    forwards: int = 0
+    backwards: int = 0
 
 
 class Emulation:
     """Trains stages as steady-state 1F1B without flushes does, round by round.
 
     In round r every stage has version r. A stage with w micro-batches ahead takes forward those that it would take
-    forward at that version, up to w of the next batch among them; then batch r goes backward; then all stages step.
-    What a stage computes with the same weights for the same batch it computes at once, which needs a model that
-    treats samples alike (no batch norm) unless ``apart``.
+    forward at that version, up to w of the next batch among them; batch r goes backward; then all stages step. What a
+    stage computes with the same weights for the same batch it computes at once, forward passes first, unless ``apart``:
+    then every micro-batch by itself, a forward and a backward pass by turns. That is needed where a model does not
+    treat samples alike (batch norm), and by corrections that look at the gradient while it is summed.
 
     Args:
         stages: The stages in order.
         num_microbatches: Micro-batches of a batch, of equal size.
         loss: Mean loss of (output of the last stage, target).
         exact_steps: So many first steps are exact: the pipeline is empty at each of them.
+        clip: Largest norm of each stage's gradient, by itself; 0 for any.
         apart: Compute every micro-batch by itself.
     """
 
@@ -62,73 +65,85 @@ class Emulation:
         num_microbatches: int,
         loss: Callable[[Tensor, Tensor], Tensor],
         exact_steps: int = 0,
+        clip: float = 0.0,
         apart: bool = False,
     ) -> None:
         self.stages, self.m, self.loss = list(stages), num_microbatches, loss
-        self.exact_steps, self.apart = exact_steps, apart
+        self.exact_steps, self.clip, self.apart = exact_steps, clip, apart
 
     def run(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
         """Train on the batches, and empty the pipeline at the end; the loss of each batch."""
-        m, total = self.m, len(batches) * self.m
-        parts = [[part.chunk(m) for part in batch] for batch in batches]
-        self.losses = [0.0] * len(batches)
-        for number in range(len(batches)):
-            first = self.stages[0]
-            entering = range(first.done, self._end(first.delay.ahead, number, total))
-            inputs = {i: parts[i // m][0][i % m] for i in entering}
+        inputs, targets = ([chunk for part in parts for chunk in part.chunk(self.m)] for parts in zip(*batches))
+        self.losses, self.targets = [0.0] * len(batches), targets
+        self.stages[0].inputs = dict(enumerate(inputs))
+        self.stages[-1].gradients = dict.fromkeys(range(len(inputs)))
+        for version in range(len(batches)):
+            left = [list(self._actions(stage, version)) for stage in self.stages]
+            while any(left):
+                for number, actions in enumerate(left):
+                    while actions and self._ready(number, *actions[0]):
+                        kind, start, stop = actions.pop(0)
+                        if kind == "F":
+                            self._forward(number, version, start, stop)
+                        else:
+                            self._backward(number, version, start)
             for stage in self.stages:
-                inputs = self._forward(stage, number, self._end(stage.delay.ahead, number, total), inputs, parts)
-            gradients: dict[int, Tensor] = {}
-            for stage in reversed(self.stages):
-                gradients = self._backward(stage, number, gradients)
-            for stage in self.stages:
+                stage.correction.late = version + 1 >= self.exact_steps
                 self._step(stage)
         return self.losses
 
-    def _end(self, ahead: int, number: int, total: int) -> int:
-        """The micro-batch up to which a stage has gone forward in a round."""
-        return min((number + 1) * self.m + (ahead if number >= self.exact_steps else 0), total)
-
-    def _cuts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def _actions(self, stage: Stage, version: int) -> Iterator[tuple[str, int, int]]:
+        """Passes of a stage at a version in order: kind, first micro-batch, micro-batch after the last."""
+        ahead = stage.delay.ahead if version >= self.exact_steps else 0
+        stop = min((version + 1) * self.m + ahead, len(self.targets))
         size = 1 if self.apart else self.m
+        forwards = list(self._cuts(stage.forwards, stop, size))
+        known = [(piece.start, piece.stop) for piece in stage.pieces.values()]
+        batch = range(version * self.m, (version + 1) * self.m)
+        passes = [("F", *cut) for cut in forwards] + [("B", *cut) for cut in known + forwards if cut[0] in batch]
+        if self.apart:
+            passes.sort(key=lambda action: (action[1] - ahead, 0) if action[0] == "F" else (action[1], 1))
+        return iter(passes)
+
+    @staticmethod
+    def _cuts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         while start < stop:
             end = min((start // size + 1) * size, stop)
             yield start, end
             start = end
 
-    def _forward(
-        self, stage: Stage, number: int, stop: int, inputs: dict[int, Tensor], parts: list[list[tuple[Tensor, ...]]]
-    ) -> dict[int, Tensor]:
-        outputs: dict[int, Tensor] = {}
-        stage.waiting.update(inputs)
-        for start, end in self._cuts(stage.done, stop):
-            entry = torch.cat([stage.waiting.pop(i) for i in range(start, end)]).detach()
-            entry.requires_grad_(entry.is_floating_point())
-            batch = start // self.m
-            with stage.correction.forward(batch - number):
-                output = stage.module(entry)
-            if stage is self.stages[-1]:
-                target = torch.cat([parts[batch][1][i % self.m] for i in range(start, end)])
-                output = self.loss(output, target) * ((end - start) / self.m)
-                self.losses[batch] += output.item()
-            else:
-                outputs.update(zip(range(start, end), output.detach().chunk(end - start), strict=True))
-            stage.pieces[batch].append(Piece(start, end, number, entry, output))
-        stage.done = max(stage.done, stop)
-        return outputs
+    def _ready(self, number: int, kind: str, start: int, stop: int) -> bool:
+        stage = self.stages[number]
+        return stop - 1 in (stage.inputs if kind == "F" else stage.gradients)
 
-    def _backward(self, stage: Stage, number: int, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-        back: dict[int, Tensor] = {}
-        for piece in stage.pieces.pop(number):
-            indices = range(piece.start, piece.stop)
-            gradient = torch.cat([gradients[i] for i in indices]) if gradients else None
-            with stage.correction.backward(number - piece.round):
-                piece.output.backward(gradient)
-            if piece.input.grad is not None:
-                back.update(zip(indices, piece.input.grad.chunk(len(indices)), strict=True))
-        return back
+    def _forward(self, number: int, version: int, start: int, stop: int) -> None:
+        stage, batch = self.stages[number], start // self.m
+        entry = torch.cat([stage.inputs.pop(i) for i in range(start, stop)]).detach()
+        entry.requires_grad_(entry.is_floating_point())
+        done = stage.backwards - version * self.m
+        with stage.correction.forward(batch - version, done):
+            output = stage.module(entry)
+        if stage is self.stages[-1]:
+            output = self.loss(output, torch.cat(self.targets[start:stop])) * ((stop - start) / self.m)
+            self.losses[batch] += output.item()
+        else:
+            self.stages[number + 1].inputs.update(_split(output.detach(), start, stop))
+        stage.pieces[start] = Piece(start, stop, version, entry, output)
+        stage.forwards = stop
+
+    def _backward(self, number: int, version: int, start: int) -> None:
+        stage = self.stages[number]
+        piece = stage.pieces.pop(start)
+        gradients = [stage.gradients.pop(i) for i in range(piece.start, piece.stop)]
+        with stage.correction.backward(version - piece.version):
+            piece.output.backward(None if piece.output.dim() == 0 else torch.cat(gradients))
+        if number:
+            self.stages[number - 1].gradients.update(_split(piece.input.grad, piece.start, piece.stop))
+        stage.backwards = piece.stop
 
     def _step(self, stage: Stage) -> None:
+        if self.clip:
+            nn.utils.clip_grad_norm_(stage.module.parameters(), self.clip)
         stage.correction.before_step()
         with writable(stage.correction.parameters):
             stage.optimizer.step()
@@ -143,3 +158,8 @@ class Emulation:
             for stage in self.stages:
                 stack.enter_context(stage.correction.base())
             yield
+
+
+def _split(tensor: Tensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """The part of each micro-batch."""
+    return zip(range(start, stop), tensor.chunk(stop - start), strict=True)

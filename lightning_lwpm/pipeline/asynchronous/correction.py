@@ -17,14 +17,14 @@ class Correction:
 
     An engine calls, at one stage,
 
-        with correction.forward(crossed):    # around the forward pass of a micro-batch
+        with correction.forward(crossed, done):   # around the forward pass of a micro-batch
         with correction.backward(crossed):   # around its backward pass
         correction.before_step(); optimizer.step(); correction.after_step()
         with correction.base():              # around validation and whatever saves weights
 
-    where ``crossed`` is the number of the stage's steps between the two passes (``Delay.crossed``). What a correction
-    does to weights it does in place, and under ``in_place.writable``. An engine that trains exactly for a while sets ``late``
-    to False before the last step that is followed by a gradient that is not late, and back to True likewise. Formula: none. Memory: none.
+    where ``crossed`` is the number of the stage's steps between the two passes (``Delay.crossed``), and ``done`` that of
+    backward passes since its last step. What a correction does to weights it does in place, and under
+    ``in_place.writable``. Formula: none. Memory: none.
 
     Args:
         optimizer: The stage's optimizer.
@@ -35,16 +35,22 @@ class Correction:
     name = "none"
 
     copies: float = 0
-    """Extra memory, in copies of the stage's weights, at a stage that is late."""
+    """Memory that is kept between passes at a stage that is late, in copies of the stage's weights."""
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor], delay: Delay) -> None:
         self.optimizer = optimizer
         self.parameters = list(parameters)
         self.delay = delay
         self.late = True
+        """Whether gradients are late after the next step: an engine says so where it trains exactly for a while."""
 
-    def forward(self, crossed: int) -> AbstractContextManager[None]:
-        """Weights for a forward pass whose backward pass comes ``crossed`` steps later."""
+    def forward(self, crossed: int, done: int = 0) -> AbstractContextManager[None]:
+        """Weights for a forward pass whose backward pass comes ``crossed`` steps later.
+
+        Args:
+            crossed: Steps of the stage in between.
+            done: Backward passes of the stage since its last step, the gradients of which are summed already.
+        """
         return nullcontext()
 
     def backward(self, crossed: int) -> AbstractContextManager[None]:

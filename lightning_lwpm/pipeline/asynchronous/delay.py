@@ -1,4 +1,4 @@
-"""The version formula: which weights each forward and backward pass uses when no step waits for the pipeline to empty."""
+"""The version formula: which weights each pass uses where no step waits for the pipeline to empty."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Delay:
 
     @property
     def mean(self) -> float:
-        """Steps that a gradient is late, on average over the micro-batches of a batch; exact: ahead/num_microbatches."""
+        """Steps that a gradient is late, on average over the micro-batches of a batch."""
         return self.ahead / self.num_microbatches
 
     @property
@@ -51,5 +51,5 @@ class Delay:
         return microbatch // self.num_microbatches
 
     def crossed(self, microbatch: int) -> int:
-        """Steps of the stage between the forward and the backward pass of a micro-batch counted since the last drain."""
+        """Steps of the stage between the forward and the backward pass of a micro-batch, counted alike."""
         return self.backward_version(microbatch) - self.forward_version(microbatch)

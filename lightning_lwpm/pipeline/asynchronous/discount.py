@@ -16,7 +16,8 @@ class Discount(Correction):
     """Divide the learning rate by (1 + mean delay)^p, where p falls from 1 to 0 over the first ``steps`` steps.
 
     Formula: learning rate rescheduling, T1 of PipeMare (Yang et al., MLSys 2021, as AsyncPP has it), whose divisor is
-    the delay itself; one is added here so that a delay below one step makes no step larger. Any optimizer. Memory: none.
+    the delay itself; one is added here so that a delay below one step makes no step larger. Any optimizer. Memory:
+    none.
 
     Args:
         optimizer: The stage's optimizer.

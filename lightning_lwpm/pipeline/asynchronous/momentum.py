@@ -19,8 +19,8 @@ __all__ = ["Momentum"]
 class Momentum(Correction):
     """Error feedback whose update is computed from the optimizer's state, rather than kept.
 
-    The weights in use are v = w + rho u(state), u the update that momentum foretells (``direction.foretold``), rho as in
-    ``ErrorFeedback``. Before the optimizer's step rho u is subtracted again: w is exact up to rounding, one unit in
+    The weights in use are v = w + rho u(state), u the update that momentum foretells (``direction.foretold``), rho as
+    in ``ErrorFeedback``. Before the optimizer's step rho u is subtracted again: w is exact up to rounding, one unit in
     the last place of a weight a step, which suits float32 weights and not bfloat16 ones. SGD with momentum, Adam and
     AdamW. Memory: none; a copy while base weights are evaluated or saved.
 
@@ -43,7 +43,7 @@ class Momentum(Correction):
         strength: float = 1.0,
     ) -> None:
         super().__init__(optimizer, parameters, delay)
-        check(optimizer)
+        check(optimizer, self.name)
         self.rho = strength * min(limit, delay.mean)
         self._rates: list[float | Tensor] = []  # of each group, as they were at the last step
         self._ahead = 0.0  # updates that the weights are ahead

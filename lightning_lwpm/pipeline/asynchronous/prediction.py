@@ -31,7 +31,7 @@ class Prediction(Correction):
     """
 
     name = "prediction"
-    copies = 2
+    copies = 1
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Prediction(Correction):
 
     @override
     @contextmanager
-    def forward(self, crossed: int) -> Iterator[None]:
+    def forward(self, crossed: int, done: int = 0) -> Iterator[None]:
         distance = self.strength * min(self.limit, crossed)
         if not (distance and self._update):
             yield
@@ -71,6 +71,8 @@ class Prediction(Correction):
 
     @override
     def after_step(self) -> None:
+        if not self._update:
+            return
         for parameter, update in zip(self.parameters, self._update, strict=True):
             update.add_(parameter.detach())
 

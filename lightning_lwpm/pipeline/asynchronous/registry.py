@@ -3,16 +3,18 @@
 from collections.abc import Callable
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.asynchronous.anticipation import Anticipation
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.discount import Discount
 from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
+from lightning_lwpm.pipeline.asynchronous.momentum import Momentum
 from lightning_lwpm.pipeline.asynchronous.prediction import Prediction
 from lightning_lwpm.pipeline.asynchronous.stash import Stash
 
 __all__ = ["CORRECTIONS", "correction"]
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {
-    kind.name: kind for kind in (Correction, ErrorFeedback, Prediction, Discount, Stash)
+    kind.name: kind for kind in (Correction, ErrorFeedback, Momentum, Prediction, Anticipation, Discount, Stash)
 }
 """All corrections by name; each is called with (optimizer, parameters, delay)."""
 

@@ -18,9 +18,9 @@ class Stash(Correction):
     """The gradient is that of the loss at the weights of the forward pass, w' = Opt(w, gradient at w_then).
 
     For comparison: it removes the mismatch of activations and weights, not the delay. With as many micro-batches as
-    there are stages less one, or more, it keeps one version, as PipeDream-2BW (Narayanan et al., arXiv 2006.09503); with
-    fewer, as many as a gradient is late, as PipeDream (SOSP 2019). Any optimizer. Memory: ``delay.most`` copies, and one
-    parameter more for a moment.
+    there are stages less one, or more, it keeps one version, as PipeDream-2BW (Narayanan et al., arXiv 2006.09503);
+    with fewer, as many as a gradient is late, as PipeDream (SOSP 2019). Any optimizer. Memory: ``delay.most`` copies,
+    and one parameter more for a moment.
     """
 
     name = "stash"

@@ -1,6 +1,4 @@
-"""What an engine does at each stage, action by action, without the version formula: to hold formula and emulation to."""
-
-from torch import nn
+"""What an engine does at each stage, action by action and without the version formula, to hold others to."""
 
 from lightning_lwpm.pipeline.asynchronous.in_place import writable
 
@@ -32,12 +30,14 @@ def versions(stage: int, num_stages: int, num_microbatches: int, total: int) -> 
 def train(stages, num_microbatches, batches, loss):
     """Run every stage's actions as soon as what they need is there; each micro-batch by itself."""
     p, m = len(stages), num_microbatches
-    micro = [pair for x, y in batches for pair in zip(x.chunk(m), y.chunk(m), strict=True)]
+    # copies, because a kernel may round differently where data lies at odd addresses
+    micro = [(a.clone(), b.clone()) for x, y in batches for a, b in zip(x.chunk(m), y.chunk(m), strict=True)]
     left = [actions(k, p, m, len(micro)) for k in range(p)]
     seen = [versions(k, p, m, len(micro)) for k in range(p)]
     inputs = [{} for _ in range(p)]
     inputs[0] = {i: x for i, (x, _) in enumerate(micro)}
     gradients, flying = [{} for _ in range(p)], [{} for _ in range(p)]
+    summed = [0] * p
     gradients[-1] = dict.fromkeys(range(len(micro)))
     while any(left):
         for k, stage in enumerate(stages):
@@ -54,11 +54,12 @@ def train(stages, num_microbatches, batches, loss):
                 stage.correction.after_step()
                 stage.scheduler.step()
                 stage.optimizer.zero_grad()
+                summed[k] = 0
                 continue
             crossed = seen[k]["B", i] - seen[k]["F", i]
             if kind == "F":
                 x = inputs[k].pop(i).detach().requires_grad_()
-                with stage.correction.forward(crossed):
+                with stage.correction.forward(crossed, summed[k]):
                     y = stage.module(x)
                 if k == p - 1:
                     y = loss(y, micro[i][1]) / m
@@ -69,10 +70,6 @@ def train(stages, num_microbatches, batches, loss):
                 x, y = flying[k].pop(i)
                 with stage.correction.backward(crossed):
                     y.backward(gradients[k].pop(i))
+                summed[k] += 1
                 if k:
                     gradients[k - 1][i] = x.grad
-
-
-def chain(width: int, depth: int) -> list[nn.Module]:
-    """Layers whose gradient depends on their weights and on what comes in."""
-    return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
