@@ -18,7 +18,7 @@ from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placement import place
-from lightning_lwpm.staging.randomness import python_random
+from lightning_lwpm.staging.randomness import python_random, seed_python
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
 Schedule = str | Callable[[int], Table]
@@ -140,7 +140,8 @@ def train_single(
         model.zero_grad()
         losses.append([])
         for i, weight in enumerate(batch.weights):
-            with python_random(torch.initial_seed(), serial):
+            with python_random():
+                seed_python(torch.initial_seed(), serial)
                 loss = step(model, batch.microbatch(i))
             serial += 1
             (loss * weight).backward()

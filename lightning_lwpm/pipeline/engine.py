@@ -212,7 +212,7 @@ class Engine:
         with self._versions.batch():
             outputs = executor.run(row, items, microbatch, forward, done)
         if backward is not None and self.shared is not None:
-            with executor.guarded("the sum of shared gradients"):
+            with executor.guarded(lambda: "the sum of shared gradients"):
                 self.shared.sum()
         return outputs
 

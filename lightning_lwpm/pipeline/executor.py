@@ -16,7 +16,7 @@ from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
 from lightning_lwpm.staging.layout import Unit
-from lightning_lwpm.staging.randomness import TorchRandom, python_random
+from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.versions import Versions
 
@@ -90,26 +90,25 @@ class Executor:
         """
         outputs: list[Any] = [None] * len(items)
         split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
-        with self.deferral.batch():
+        with self.deferral.batch(), python_random(), self.guarded(lambda: self._tell(action)):
             for position, action in enumerate(actions):
-                with self.guarded(action):
-                    kind, stage, number = action
-                    item = items[number]
-                    began, waited = time.perf_counter(), self.mailbox.waited
-                    self.postings.ahead(position)
-                    if kind == "F":
-                        with self.deferral.forward() if (stage, number) in split else nullcontext():
-                            out = self._forward(stage, item, microbatch, forward)
-                        if self.at_last:
-                            outputs[number] = out
-                    elif kind == "W":
-                        self.deferral.weights((stage, number))
-                    else:
-                        part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
-                        with self.versions.of(stage), part:
-                            self._backward(stage, item, outputs, backward)
-                    if item.grad:
-                        self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
+                kind, stage, number = action
+                item = items[number]
+                began, waited = time.perf_counter(), self.mailbox.waited
+                self.postings.ahead(position)
+                if kind == "F":
+                    with self.deferral.forward() if (stage, number) in split else nullcontext():
+                        out = self._forward(stage, item, microbatch, forward)
+                    if self.at_last:
+                        outputs[number] = out
+                elif kind == "W":
+                    self.deferral.weights((stage, number))
+                else:
+                    part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
+                    with self.versions.of(stage), part:
+                        self._backward(stage, item, outputs, backward)
+                if item.grad:
+                    self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
         return outputs
 
     def _forward(
@@ -118,8 +117,8 @@ class Executor:
         number = item.microbatch
         self.at_last = stage == self.num_stages - 1
         if not self.exchanges:
-            with python_random(self.seed, item.serial):
-                return forward(microbatch(stage, number), number)
+            seed_python(self.seed, item.serial)
+            return forward(microbatch(stage, number), number)
         exchange = self.exchanges[stage]
         if not item.grad:
             exchange.wait_for_room(2 * self.num_stages + 2)
@@ -127,7 +126,8 @@ class Executor:
         self.step = StagedStep(stage, self.at_last, self.units, peers, self.device)
         try:
             value = microbatch(stage, number)
-            with python_random(self.seed, item.serial), self.random[stage].drawn(), self.versions.of(stage):
+            seed_python(self.seed, item.serial)
+            with self.random[stage].drawn(), self.versions.of(stage):
                 out = self.step.run(lambda: forward(value, number))
             exchange.publish(item, self.step)
         finally:
@@ -152,13 +152,17 @@ class Executor:
             exchange.return_gradients(item)
 
     @contextmanager
-    def guarded(self, action: Action | str) -> Any:
-        """Tell all ranks of a failure in the block, and raise it with the words that they hear."""
+    def guarded(self, what: Callable[[], str]) -> Any:
+        """Tell all ranks of a failure in the block, and raise it with the words that they hear.
+
+        Args:
+            what: Says what has failed, such as "forward of micro-batch 3".
+        """
         try:
             yield
         except Exception as error:
             heard = self.mailbox.failure
-            failure = self.mailbox.failed(action if isinstance(action, str) else self._tell(action), error)
+            failure = self.mailbox.failed(what(), error)
             if heard is not None and isinstance(error, LWPMError):
                 raise
             raise failure from error

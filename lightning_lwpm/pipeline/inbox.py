@@ -125,7 +125,7 @@ class Inbox:
             # no data proves that the stage before has left its forward: it says so
             what = self.desk.says("end of forward", item, None, producer)
             self.desk.mailbox.take("forward-left", (item.serial, self.desk.stage), what)
-        return [r.wait(self.desk.says("activation", item, e.name, producer)) for e, r in receives]
+        return [r.wait(partial(self.desk.says, "activation", item, e.name, producer)) for e, r in receives]
 
     def _learn(self, producer: int, item: Item) -> None:
         """Ask a producer what its calls returned, and what it sends unasked."""

@@ -118,16 +118,17 @@ class Mailbox:
             for message in self._unhandled.pop(kind, []):
                 self._requests.put((kind, *message))
 
-    def wait(self, until: Callable[[float], bool], what: str, source: int | None = None) -> None:
+    def wait(self, until: Callable[[float], bool], what: str | Callable[[], str], source: int | None = None) -> None:
         """Wait for something, breaking off at a failure; see :meth:`take`.
 
         Args:
             until: Waits up to some seconds, and tells whether it is there, as the ``wait`` of an event does.
-            what: Says, for people, what is waited for from whom.
+            what: Says, for people, what is waited for from whom; or a function that says it, called if need be.
             source: The rank that it comes from.
         """
         if until(0):
             return
+        what = what if isinstance(what, str) else what()
         with self._waiting(what):
             while not until(_POLL_SECONDS):
                 self.check()

@@ -147,7 +147,9 @@ class Outbox:
             arrived[consumer].append((name, gradient))
         for consumer in sorted(flight.sent, key=lambda stage: stage != after):
             receives = zip(flight.sent[consumer], flight.gradients[consumer], strict=True)
-            flats = [receive.wait(desk.says("gradient", item, entry.name, consumer)) for entry, receive in receives]
+            flats = [
+                receive.wait(partial(desk.says, "gradient", item, entry.name, consumer)) for entry, receive in receives
+            ]
             # only data that has come proves that all has been told of it, so first wait for all
             for entry, flat in zip(flight.sent[consumer], flats, strict=True):
                 name, meta = entry.name, entry.meta

@@ -13,6 +13,7 @@ broken off.
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,8 +45,11 @@ class Receive:
             self._pending = Pending(_bytes(flat))
             transport.streams[source].post(self._pending)
 
-    def wait(self, what: str) -> Tensor:
+    def wait(self, what: str | Callable[[], str]) -> Tensor:
         """The bytes received, as a flat tensor on the host.
+
+        Args:
+            what: Says, for people, what is waited for.
 
         Raises:
             PipelineError: if any rank failed meanwhile.

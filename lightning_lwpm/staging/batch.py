@@ -36,6 +36,8 @@ class Batch:
         total = self.samples or count
         self.sizes = [total // count + (i < total % count) for i in range(count)]
         self.bounds = [(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(count)]
+        self._split = [self._splits(leaf) for leaf in leaves]
+        self._lists = _has_sequence(spec, self.samples)
 
     @classmethod
     def of(cls, value: Any, num_microbatches: int) -> "Batch":
@@ -81,6 +83,8 @@ class Batch:
         """
         if len(self) == 1 and not any(isinstance(leaf, Meta) for leaf in self.leaves):
             value = unflatten(self.spec, iter(self.leaves))
+        elif not self._lists:
+            value = unflatten(self.spec, iter([self._part(k, i, device, owner) for k in range(len(self.leaves))]))
         else:
             value = unflatten(*self._cut(self.spec, iter(range(len(self.leaves))), i, device, owner))
         return map_tensors(lambda leaf: leaf if type(leaf) is Remote else duplicate(leaf), value) if private else value
@@ -90,7 +94,7 @@ class Batch:
         leaf = self.leaves[index]
         assert isinstance(leaf, Tensor)
         low, high = self.bounds[i]
-        if not self._splits(leaf) or len(self) == 1:
+        if not self._split[index] or len(self) == 1:
             return leaf
         part = leaf[low:high]
         # a step may change its part in place: autograd must not take that for a change of the other parts
@@ -104,19 +108,21 @@ class Batch:
         shape = _shape(leaf)
         return bool(shape) and shape[0] == self.samples
 
+    def _part(self, index: int, i: int, device: Any, owner: Any) -> Tensor:
+        """The part of a leaf that belongs to micro-batch ``i``; a remote tensor where this rank was not given it."""
+        leaf = self.leaves[index]
+        if not isinstance(leaf, Meta):
+            return self.leaf(index, i)
+        shape = (self.sizes[i], *leaf.shape[1:]) if self._split[index] else leaf.shape
+        return Remote(leaf._replace(shape=shape), device, Name("batch", 0, 0, index), -1, owner)
+
     def _cut(self, spec: Any, numbers: Iterator[int], i: int, device: Any, owner: Any) -> tuple[Any, Iterator[Any]]:
         out: list[Any] = []
         return self._cut_node(spec, numbers, i, device, owner, out), iter(out)
 
     def _cut_node(self, spec: Any, numbers: Iterator[int], i: int, device: Any, owner: Any, out: list[Any]) -> Any:
         if spec is None:
-            index = next(numbers)
-            leaf = self.leaves[index]
-            if isinstance(leaf, Meta):
-                shape = (self.sizes[i], *leaf.shape[1:]) if self._splits(leaf) else leaf.shape
-                out.append(Remote(leaf._replace(shape=shape), device, Name("batch", 0, 0, index), -1, owner))
-            else:
-                out.append(self.leaf(index, i))
+            out.append(self._part(next(numbers), i, device, owner))
             return None
         kind, context, children = spec
         if children is None:
@@ -144,6 +150,15 @@ def _meta(leaf: Tensor | Meta) -> Meta:
 def _goes_everywhere(leaf: Tensor | Meta) -> bool:
     limit = _EVERYWHERE_FLOAT_BYTES if leaf.dtype.is_floating_point else _EVERYWHERE_INTEGER_BYTES
     return _meta(leaf).nbytes <= limit
+
+
+def _has_sequence(spec: Any, length: int | None) -> bool:
+    """Whether there is a list or tuple of this length, which may hold one item a sample."""
+    if spec is None or spec[2] is None:
+        return False
+    kind, _, children = spec
+    here = kind in (list, tuple) and len(children) == length
+    return here or any(_has_sequence(child, length) for child in children)
 
 
 def _count(spec: Any) -> int:

@@ -8,22 +8,26 @@ the same seed on every rank, the first dropout of each stage would else have the
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["TorchRandom", "python_random"]
+__all__ = ["TorchRandom", "python_random", "seed_python"]
+
+
+def seed_python(seed: int, serial: int) -> None:
+    """Seed Python's and NumPy's generators for micro-batch ``serial`` of a run seeded with ``seed``."""
+    mixed = random.Random(f"{seed} {serial}").getrandbits(32)
+    random.seed(mixed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(mixed)
 
 
 @contextmanager
-def python_random(seed: int, serial: int) -> Iterator[None]:
-    """Seed for micro-batch ``serial`` of a run seeded with ``seed``; what was before is put back afterwards."""
+def python_random() -> Iterator[None]:
+    """The time of a batch: Python's and NumPy's generators are put back afterwards as they were."""
     numpy = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    mixed = random.Random(f"{seed} {serial}").getrandbits(32)
-    random.seed(mixed)
-    if numpy:
-        numpy.random.seed(mixed)
     try:
         yield
     finally:
@@ -46,9 +50,12 @@ class TorchRandom:
         self.devices = [] if stage == 0 else [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
         self.states = [torch.Generator(device).manual_seed(mixed).get_state() for device in self.devices]
 
-    @contextmanager
-    def drawn(self) -> Iterator[None]:
+    def drawn(self) -> AbstractContextManager[None]:
         """Draw from this stream; the generators are put back as they were."""
+        return self._swapped() if self.devices else nullcontext()
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
         before = [_get(device) for device in self.devices]
         for device, state in zip(self.devices, self.states, strict=True):
             _set(device, state)

@@ -13,7 +13,7 @@ and the tensors in these, and the buffers that every rank keeps. Other objects t
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.staging.tree import duplicate
 
-__all__ = ["Versions"]
+__all__ = ["NOT_STATE", "Versions"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
-_NOT_STATE = frozenset(vars(nn.Module())) - {"training"}  # parameters, children, hooks; buffers have slots of their own
+NOT_STATE = frozenset(vars(nn.Module())) - {"training"}  # parameters, children, hooks; buffers have slots of their own
 _ABSENT = object()
 
 Slot = tuple[dict[str, Any], str]
@@ -67,7 +67,7 @@ class Versions:
     def _begin(self) -> None:
         found: dict[int, Any] = {}
         for module in self.glue:
-            _collect([v for k, v in vars(module).items() if k not in _NOT_STATE], found)
+            _collect([v for k, v in vars(module).items() if k not in NOT_STATE], found)
             found[id(module.__dict__)] = module.__dict__
         self._base = {key: (container, _content(container)) for key, container in found.items()}
         common, held = self._slots()
@@ -103,12 +103,12 @@ class Versions:
                 own[key] = (container, copied)
         return own
 
-    @contextmanager
-    def of(self, stage: int) -> Iterator[None]:
+    def of(self, stage: int) -> AbstractContextManager[None]:
         """Run a step of a stage, or its backward pass, within the stage's version."""
-        if not self.stages:
-            yield
-            return
+        return self._of(stage) if self.stages else nullcontext()
+
+    @contextmanager
+    def _of(self, stage: int) -> Iterator[None]:
         own = self._own[stage]
         for container, content in own.values():
             _fill(container, content)
