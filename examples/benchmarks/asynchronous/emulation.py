@@ -73,7 +73,9 @@ class Emulation:
 
     def run(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
         """Train on the batches, and empty the pipeline at the end; the loss of each batch."""
-        inputs, targets = ([chunk for part in parts for chunk in part.chunk(self.m)] for parts in zip(*batches))
+        inputs, targets = (
+            [chunk for part in parts for chunk in part.chunk(self.m)] for parts in zip(*batches, strict=True)
+        )
         self.losses, self.targets = [0.0] * len(batches), targets
         self.stages[0].inputs = dict(enumerate(inputs))
         self.stages[-1].gradients = dict.fromkeys(range(len(inputs)))

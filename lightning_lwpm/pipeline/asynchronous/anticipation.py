@@ -21,8 +21,8 @@ class Anticipation(Correction):
     When a micro-batch of the next batch goes forward at stage k, some of this batch's have gone backward already: all
     but p-1-k of them for the first, all but one for the last. Their gradient is known, and only the rest is taken from
     momentum (``direction.foretold``): the later the stage, the less is guessed. d is the number of steps until the
-    micro-batch's backward pass. SGD with momentum, Adam and AdamW. Memory: none is kept; one copy during a forward pass.
-    Work: that of an optimizer's step for each forward pass that a step crosses.
+    micro-batch's backward pass. SGD with momentum, Adam and AdamW. Memory: none is kept; one copy during a forward
+    pass. Work: that of an optimizer's step for each forward pass that a step crosses.
 
     Args:
         optimizer: The stage's optimizer.

@@ -17,13 +17,13 @@ class Correction:
 
     An engine calls, at one stage,
 
-        with correction.forward(crossed, done):   # around the forward pass of a micro-batch
-        with correction.backward(crossed):   # around its backward pass
+        with correction.forward(crossed, done):  # around the forward pass of a micro-batch
+        with correction.backward(crossed):         # around its backward pass
         correction.before_step(); optimizer.step(); correction.after_step()
-        with correction.base():              # around validation and whatever saves weights
+        with correction.base():                        # around validation and whatever saves weights
 
-    where ``crossed`` is the number of the stage's steps between the two passes (``Delay.crossed``), and ``done`` that of
-    backward passes since its last step. What a correction does to weights it does in place, and under
+    where ``crossed`` is the number of the stage's steps between the two passes (``Delay.crossed``), and ``done`` that
+    of backward passes since its last step. What a correction does to weights it does in place, and under
     ``in_place.writable``. Formula: none. Memory: none.
 
     Args:

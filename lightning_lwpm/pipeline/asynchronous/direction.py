@@ -30,11 +30,13 @@ def foretold(
 ) -> Tensor | None:
     """The optimizer's next update, but for weight decay; None before its first step.
 
-    Of the next gradient g a part is known: the sum over a share of the micro-batches. Of the rest the gradient that
-    leaves the momentum as it is is expected, ``g = gradient + (1 - share) expected``; then, with learning rate ``rate``,
+    Of the next gradient g a part is known: the sum over a share of the micro-batches. For the rest the gradient is
+    expected that leaves the momentum as it is: ``g = gradient + (1 - share) expected``. Then, at learning rate ``rate``,
 
-        SGD    expected = v (1 - momentum) / (1 - dampening)     update = -rate v'      v' = momentum v + (1 - dampening) g
-        Adam   expected = m / (1 - b1^t)     update = -rate m_hat' / (sqrt(v_hat') + eps),  m' = b1 m + (1 - b1) g, ...
+        SGD    expected = v (1 - momentum) / (1 - dampening)
+               v' = momentum v + (1 - dampening) g,   update = -rate v'
+        Adam   expected = m_hat
+               m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   update = -rate m_hat' / (sqrt(v_hat') + eps)
 
     If nothing is known that is the last update once more. Sources: SpecTrain (arXiv 1809.02839), XPipe (arXiv
     1911.04610), PipeOptim (arXiv 2312.00839); the known part: "aggmsnag" of FTPipe (USENIX ATC 2021) for SGD.

@@ -192,7 +192,7 @@ def test_nothing_runs_ahead_while_training_is_exact(name):
 
 
 def test_an_unknown_name():
-    with pytest.raises(ConfigurationError, match="'nesterov'.*'error_feedback'"):
+    with pytest.raises(ConfigurationError, match=r"'nesterov'.*'error_feedback'"):
         correction("nesterov")
 
 
