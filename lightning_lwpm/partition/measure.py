@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_lwpm.partition.costs import CallCost
 from lightning_lwpm.partition.segment import Segment
+from lightning_lwpm.staging.compiled import AsWritten
 
 __all__ = ["CACHE_BYTES", "time_segment"]
 
@@ -65,7 +66,7 @@ def time_segment(
             others.add_(1)
             for number in range(copies):
                 env = segment.inputs(device)
-                with context(), torch.set_grad_enabled(train):
+                with context(), torch.set_grad_enabled(train), AsWritten():
                     begin = clock()
                     results = segment.run(modules[number % len(modules)], env)
                     forwards.append(clock() - begin)

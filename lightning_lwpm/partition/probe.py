@@ -15,6 +15,7 @@ from lightning_lwpm.partition.describe import Probe, describe
 from lightning_lwpm.partition.hooks import watching_hooks
 from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.undo import undone
+from lightning_lwpm.staging.compiled import AsWritten
 
 __all__ = ["Probe", "probe"]
 
@@ -68,7 +69,8 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
-            with counter, recorder, recorder.watching_checkpoints(), saved_tensors_hooks(recorder.save, _same):
+            saving = saved_tensors_hooks(recorder.save, _same)
+            with AsWritten(), counter, recorder, recorder.watching_checkpoints(), saving:
                 step()
         finally:
             for handle in handles:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import intercepted
@@ -66,6 +67,7 @@ class StagedStep(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.stage, self.last, self.units, self.peers, self.device = stage, last, units, peers, device
+        self.as_written = AsWritten()
         self.reach = Reach()
         self.trace: Trace = {}
         self.calls: dict[str, int] = {}
@@ -77,7 +79,7 @@ class StagedStep(TorchFunctionMode):
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
-        with intercepted(self, self.units):
+        with intercepted(self, self.units), self.as_written:
             try:
                 with self:
                     return step()
@@ -118,7 +120,8 @@ class StagedStep(TorchFunctionMode):
                 return out
 
             def run(*args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-                out = forward(*args, **kwargs)
+                with self.as_written.left():
+                    out = forward(*args, **kwargs)
                 return out, [owner.__dict__.get(name) for owner, name in stored]
 
             args, kwargs = map_tensors(localise, (args, kwargs))
