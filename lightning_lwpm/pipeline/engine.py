@@ -17,6 +17,7 @@ from lightning_lwpm.pipeline.shared import SharedGradients
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.compiled import CompiledUnits
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.versions import Versions
 
@@ -80,6 +81,7 @@ class Engine:
             found = exchanges(mailbox, transport, self._postings, self.stages, self.ranks, device)
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
             self.shared = SharedGradients(mailbox, transport, root, layout, self.ranks)
+        self._compiled = CompiledUnits(root, [module for _, module in units])
         # from here on every rank answers for this engine's stages, and nobody asks those of an engine before
         seed = mailbox.gather("engine", torch.initial_seed(), "all ranks to begin")[0] + serial
         if self.stages:
@@ -209,7 +211,7 @@ class Engine:
         training = backward is not None
         row = self.row(count, training)
         self._postings.begin(row, self._received(count, training), items)
-        with self._versions.batch():
+        with self._versions.batch(), self._compiled.batch():
             outputs = executor.run(row, items, microbatch, forward, done)
         if backward is not None and self.shared is not None:
             with executor.guarded(lambda: "the sum of shared gradients"):
