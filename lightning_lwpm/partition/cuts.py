@@ -33,7 +33,7 @@ def find_cuts(timeline: Timeline, num_ranks: int, names: list[str]) -> list[int]
         )
     begins: dict[str, int] = {}
     for index, call in enumerate(timeline.calls):
-        for ancestor in ancestors(call.name):
+        for ancestor in ancestors(call.name) + ancestors(_as_written(call.name)):
             begins.setdefault(ancestor, index)
     # a layer that is also a module around others: its own call counts
     begins |= {label(call.name, call.occurrence): index for index, call in enumerate(timeline.calls)}
@@ -68,6 +68,11 @@ def find_cuts(timeline: Timeline, num_ranks: int, names: list[str]) -> list[int]
 def ancestors(name: str) -> list[str]:
     """A name and the names of all modules around it: ``"a.b.c"`` gives ``["a", "a.b", "a.b.c"]``."""
     return list(accumulate(name.split("."), lambda path, part: f"{path}.{part}"))
+
+
+def _as_written(name: str) -> str:
+    """A name without what ``torch.compile`` puts into it: the user's code says ``net.h.5`` for ``net._orig_mod.h.5``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _near(name: str, known: dict[str, int]) -> str:

@@ -5,12 +5,14 @@
 
 from typing import Any
 
+import lightning.pytorch.trainer.trainer
 import torch
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "PathLike",
     "SubprocessScriptLauncher",
     "TunerExit",
+    "accept_compiled",
     "adopt_epoch",
     "before_transfer",
     "epoch_of",
@@ -79,6 +82,18 @@ def first_loaders(loop: Any) -> Any:
     if combined is None:
         return None
     return next(iter(combined.flattened), None) if combined._mode == "sequential" else combined.iterables
+
+
+def accept_compiled(kind: type[Strategy]) -> None:
+    """Let strategies of a class run what ``torch.compile`` returns; Lightning has a closed list of those that may."""
+    trainer = lightning.pytorch.trainer.trainer
+    verify = trainer._verify_strategy_supports_compile
+
+    def verify_others(model: LightningModule, strategy: Strategy) -> None:
+        if not isinstance(strategy, kind):
+            verify(model, strategy)
+
+    trainer._verify_strategy_supports_compile = verify_others
 
 
 EpochState = dict[str, Any]

@@ -8,6 +8,7 @@ import lightning.fabric.utilities.optimizer
 import lightning.fabric.utilities.types
 import lightning.pytorch as L
 import lightning.pytorch.strategies.launchers
+import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
 import pytest
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -36,6 +37,7 @@ NAMES = [
     (lightning.fabric.utilities.types, "_PATH"),
     (lightning.pytorch.strategies.launchers, "_MultiProcessingLauncher"),
     (lightning.pytorch.strategies.launchers, "_SubprocessScriptLauncher"),
+    (lightning.pytorch.trainer.trainer, "_verify_strategy_supports_compile"),
     (lightning.pytorch.utilities.exceptions, "_TunerExitException"),
     (ParallelStrategy, "_configure_launcher"),
     (L.LightningModule, "_on_before_batch_transfer"),
