@@ -71,7 +71,7 @@ def ancestors(name: str) -> list[str]:
 
 
 def _as_written(name: str) -> str:
-    """A name without what ``torch.compile`` puts into it: the user's code says ``net.h.5`` for ``net._orig_mod.h.5``."""
+    """A name without what ``torch.compile`` puts into it: users write ``net.h.5`` for ``net._orig_mod.h.5``."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 

@@ -2,8 +2,8 @@
 
 ::
 
-    torch.compile(net)    [ embedding  h.0  h.1  h.2  h.3  head ]             one graph, which would cross the boundary
-    in two stages         [embedding] [h.0] [h.1]  |  [h.2] [h.3] [head]      a graph for each unit, of the same compiler
+    torch.compile(net)    [ embedding  h.0  h.1  h.2  h.3  head ]           one graph, which would cross the boundary
+    in two stages         [embedding] [h.0] [h.1]  |  [h.2] [h.3] [head]    a graph for each unit, of the same compiler
 
 A compiler that looked into the code between layers would find remote tensors, and layers that are not run. So there
 ``torch.compile`` does nothing: whatever has been compiled runs as it is written, and calls the units. These are
@@ -72,9 +72,7 @@ class CompiledUnits:
         self.forwards: dict[nn.Module, Callable[..., Any]] = {}
         self._find(root, None, set(modules), set())
 
-    def _find(
-        self, module: nn.Module, compiler: Compiler | None, units: set[nn.Module], seen: set[nn.Module]
-    ) -> None:
+    def _find(self, module: nn.Module, compiler: Compiler | None, units: set[nn.Module], seen: set[nn.Module]) -> None:
         if module in seen:
             return
         seen.add(module)
@@ -104,15 +102,15 @@ class CompiledUnits:
 
 
 def _compiler_of(module: nn.Module) -> Compiler | None:
-    """What the user has compiled a module with: by ``torch.compile(module)``, ``module.compile()``, or its ``forward``."""
+    """What has compiled a module, if the user has: as a whole, in place, or its ``forward``."""
     wrapper: Compiler | None = vars(module).get("dynamo_ctx")
     if wrapper is not None:
         return wrapper
     for function in (module._compiled_call_impl, module.forward):
         if _is_compiled(function):
-            function = getattr(function, "__func__", function)
-            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-            return cells["self"].cell_contents if "self" in cells else None
+            plain: Any = getattr(function, "__func__", function)
+            cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True))
+            return cells["self"].cell_contents if "self" in cells else None  # the compiler's own variable
     return None
 
 
