@@ -48,6 +48,7 @@ def engine(
     partition: Any = "auto",
     schedule: Schedule = "1f1b",
     placement: Sequence[int] | None = None,
+    checkpointing: str = "none",
 ) -> Engine:
     """An engine for ``model`` over ``world`` ranks, which all build the same model.
 
@@ -58,7 +59,7 @@ def engine(
     plan = make_plan(seen.timeline, len(placement or range(world)), partition, place_stages)
     layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
     placement = placement[: layout.num_stages] if placement is not None else None
-    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule, placement=placement)
+    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule, 0, placement, checkpointing)
     place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stages)
     return built
 
@@ -74,12 +75,13 @@ def train_pipelined(
     partition: Any = "auto",
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     placement: Sequence[int] | None = None,
+    checkpointing: str = "none",
 ) -> dict[str, Any]:
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
     torch.manual_seed(0)
     model = build()
     sample = Batch.of(batches[0], num_microbatches).microbatch(0, private=True)
-    run = engine(rank, world, model, step, sample, partition, schedule, placement)
+    run = engine(rank, world, model, step, sample, partition, schedule, placement, checkpointing)
     optim = optimizer(model.parameters()) if optimizer else None
     losses: list[list[float]] = []
     gradients: list[dict[str, torch.Tensor]] = []

@@ -19,6 +19,7 @@ from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.compiled import CompiledUnits
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.versions import Versions
 
 __all__ = ["Engine"]
@@ -37,6 +38,7 @@ class Engine:
             same on all ranks.
         serial: Number of the first micro-batch; what follows another engine on the same links counts on.
         placement: The rank of each stage; by default one stage a rank, the last one on rank 0.
+        activation_checkpointing: What is computed again in backward passes; see ``staging.recompute``.
 
     Attributes:
         times: What this rank has measured of its own work.
@@ -59,6 +61,7 @@ class Engine:
         schedule: str | Callable[[int], Table] = "1f1b",
         serial: int = 0,
         placement: Sequence[int] | None = None,
+        activation_checkpointing: str = "none",
     ) -> None:
         self.mailbox, self.layout, self.device, self.schedule = mailbox, layout, device, schedule
         self.ranks = _ranks(placement, layout.num_stages, mailbox.world)
@@ -96,6 +99,7 @@ class Engine:
                 device,
                 seed,
                 self.times,
+                Recompute(activation_checkpointing, root, [unit.name for unit, _ in units] if units else None),
             )
 
     def train(

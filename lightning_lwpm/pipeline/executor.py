@@ -17,7 +17,8 @@ from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
-from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.staging.recompute import Recompute
+from lightning_lwpm.staging.step import Peers, StagedStep
 from lightning_lwpm.staging.versions import Versions
 
 __all__ = ["Executor"]
@@ -37,6 +38,7 @@ class Executor:
         device: Where these stages compute.
         seed: Of Python's and NumPy's generators, alike on all ranks.
         times: Where the work of training is noted.
+        recompute: What is computed again in backward passes.
 
     Attributes:
         step: The run of the user's step that is under way.
@@ -56,10 +58,11 @@ class Executor:
         device: torch.device,
         seed: int,
         times: Times,
+        recompute: Recompute,
     ) -> None:
         self.mailbox, self.exchanges, self.postings = mailbox, exchanges, postings
         self.num_stages, self.units, self.versions = num_stages, list(units), versions
-        self.device, self.seed, self.times = device, seed, times
+        self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
         self.random = {stage: TorchRandom(seed, stage, device) for stage in stages}
         self.step: StagedStep | None = None
         self.at_last = False
@@ -118,21 +121,36 @@ class Executor:
         self.at_last = stage == self.num_stages - 1
         if not self.exchanges:
             seed_python(self.seed, item.serial)
-            return forward(microbatch(stage, number), number)
+            whole = lambda _: forward(microbatch(stage, number), number)  # noqa: E731
+            return self.recompute.run(whole, None, self.at_last) if item.grad else whole(None)
         exchange = self.exchanges[stage]
         if not item.grad:
             exchange.wait_for_room(2 * self.num_stages + 2)
-        peers = exchange.open(item)
-        self.step = StagedStep(stage, self.at_last, self.units, peers, self.device)
+        peers, last = exchange.open(item), self.at_last
+        steps: list[StagedStep] = []
+
+        def run(peers: Peers) -> Any:
+            """The stage's part of the step; in its backward pass once more, if it is computed again."""
+            before = self.step, self.at_last
+            step = StagedStep(stage, last, self.units, peers, self.device)
+            self.step, self.at_last = step, last
+            steps.append(step)
+            try:
+                value = microbatch(stage, number)
+                seed_python(self.seed, item.serial)
+                return step.run(lambda: forward(value, number))
+            finally:
+                if len(steps) > 1:
+                    step.close()
+                self.step, self.at_last = before
+
         try:
-            value = microbatch(stage, number)
-            seed_python(self.seed, item.serial)
             with self.random[stage].drawn(), self.versions.of(stage):
-                out = self.step.run(lambda: forward(value, number))
-            exchange.publish(item, self.step)
+                out = self.recompute.run(run, peers, last) if item.grad else run(peers)
+            exchange.publish(item, steps[0])
         finally:
-            self.step.close()
-            self.step = None
+            for step in steps[:1]:
+                step.close()
         return out
 
     def _backward(

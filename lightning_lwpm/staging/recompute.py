@@ -18,8 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_lwpm.staging.record import Record
+from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.record import Record, version
 from lightning_lwpm.staging.remote import Name, Remote
+from lightning_lwpm.staging.tree import flatten, map_tensors
 from lightning_lwpm.staging.versions import NOT_STATE
 
 __all__ = ["MODES", "Recompute", "again", "layers_of"]
@@ -132,16 +134,31 @@ def again(
         args: Kept for the second call.
         kwargs: The same.
         to_its_end: Whether the second call may not be left by an exception once all is there.
+
+    Raises:
+        PipelineError: in the backward pass, if what the function was called with has been changed in place.
     """
     found = _State(modules)
+    taken: list[Tensor] = []
+    flatten((args, kwargs or {}), taken)
+    versions = [version(tensor) for tensor in taken]
+    kept = map_tensors(lambda tensor: tensor, (args, kwargs or {}))  # containers that the call may change
+    calls = 0
+
+    def call() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            return function(*args, **(kwargs or {}))
+        if versions != [version(tensor) for tensor in taken]:
+            raise PipelineError(
+                "a tensor that goes into a layer was changed in place, so the layer cannot be computed again: leave "
+                'activation_checkpointing at "none", or write `x = x + y` in the place of `x += y`'
+            )
+        return function(*kept[0], **kept[1])
+
     with set_checkpoint_early_stop(not to_its_end):
-        return checkpoint(
-            function,
-            *args,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), found.back()),
-            **(kwargs or {}),
-        )
+        return checkpoint(call, use_reentrant=False, context_fn=lambda: (nullcontext(), found.back()))
 
 
 class _State:
