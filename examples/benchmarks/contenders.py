@@ -165,15 +165,15 @@ class Torch:
         self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int, steps: int) -> list[list[float]]:
+def take_turns(contenders: Sequence[Contender], rounds: int, steps: int, warm_up: int = WARM_UP) -> list[list[float]]:
     """The seconds of each contender's steps on this rank; they take turns, ``steps`` at a time.
 
-    All ranks must call it alike. A step begins on all ranks at once.
+    All ranks must call it alike. A step begins on all ranks at once. Of ``warm_up`` steps before, nothing is told.
     """
     seconds: list[list[float]] = [[] for _ in contenders]
     for turn in range(rounds + 1):
         for contender, found in zip(contenders, seconds, strict=True):
-            for _ in range(steps if turn else WARM_UP):
+            for _ in range(steps if turn else warm_up):
                 contender.model.zero_grad()
                 dist.barrier()
                 begin = time.perf_counter()
