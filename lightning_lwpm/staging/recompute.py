@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -113,6 +114,8 @@ class _Again:
         self.layer, self.forward = layer, layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler sees to side effects itself
+            return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         return again(self.forward, list(self.layer.modules()), args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
