@@ -31,7 +31,7 @@ def foretold(
     """The optimizer's next update, but for weight decay; None before its first step.
 
     Of the next gradient g a part is known: the sum over a share of the micro-batches. For the rest the gradient is
-    expected that leaves the momentum as it is: ``g = gradient + (1 - share) expected``. Then, at learning rate ``rate``,
+    expected that leaves the momentum as it is: ``g = gradient + (1 - share) expected``. Then, at the given ``rate``,
 
         SGD    expected = v (1 - momentum) / (1 - dampening)
                v' = momentum v + (1 - dampening) g,   update = -rate v'

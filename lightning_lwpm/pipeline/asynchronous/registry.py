@@ -7,6 +7,7 @@ from lightning_lwpm.pipeline.asynchronous.anticipation import Anticipation
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.discount import Discount
 from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
+from lightning_lwpm.pipeline.asynchronous.look_ahead import LookAhead
 from lightning_lwpm.pipeline.asynchronous.momentum import Momentum
 from lightning_lwpm.pipeline.asynchronous.prediction import Prediction
 from lightning_lwpm.pipeline.asynchronous.stash import Stash
@@ -14,7 +15,8 @@ from lightning_lwpm.pipeline.asynchronous.stash import Stash
 __all__ = ["CORRECTIONS", "correction"]
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {
-    kind.name: kind for kind in (Correction, ErrorFeedback, Momentum, Prediction, Anticipation, Discount, Stash)
+    kind.name: kind
+    for kind in (Correction, ErrorFeedback, LookAhead, Momentum, Prediction, Anticipation, Discount, Stash)
 }
 """All corrections by name; each is called with (optimizer, parameters, delay)."""
 

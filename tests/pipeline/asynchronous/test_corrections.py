@@ -24,7 +24,8 @@ PAIRS = [(name, optimizer) for name, optimizers in TAKES.items() for optimizer i
 
 @pytest.mark.parametrize(("name", "optimizer"), PAIRS)
 def test_nothing_changes_where_no_gradient_is_late(name, optimizer):
-    layer, trainer, correct = one(name, Delay(3, 4, 4), optimizer)
+    alone = name == "look_ahead"  # which does something at all stages if there are several
+    layer, trainer, correct = one(name, Delay(0, 1, 4) if alone else Delay(3, 4, 4), optimizer)
     plain, other, _ = one("none", LATE, optimizer)
     for seed in range(5):
         with correct.forward(0), correct.backward(0):
@@ -70,6 +71,28 @@ def test_base_weights_of_error_feedback_are_the_optimizers_own(optimizer):
 def test_strength_of_error_feedback(delay, rho):
     assert one("error_feedback", delay)[2].rho == rho
     assert one("error_feedback", delay, limit=2, strength=3)[2].rho == 3 * min(2, delay.mean)
+
+
+@pytest.mark.parametrize(("optimizer", "rho"), [("sgd", 0.75), ("rmsprop", 0.75), ("momentum", 4), ("adamw", 4)])
+def test_reach_of_look_ahead_goes_by_momentum(optimizer, rho):
+    assert one("look_ahead", LATE, optimizer)[2].rho == pytest.approx(rho)
+    assert one("look_ahead", Delay(3, 4, 4), optimizer)[2].rho == pytest.approx(rho if rho > 1 else 0)
+    assert one("look_ahead", LATE, optimizer, reach=2.0)[2].rho == 2
+    assert one("look_ahead", Delay(0, 1, 4), optimizer, reach=2.0)[2].rho == 0
+
+
+def test_look_ahead_is_quasi_hyperbolic_momentum():
+    layer, trainer, correct = one("look_ahead", LATE, "momentum", reach=4.0)
+    trainer.param_groups[0]["weight_decay"] = 0
+    live = weights(layer)
+    velocity = [torch.zeros_like(weight) for weight in live]
+    nu = 1 - 4 * 0.1 / 0.9
+    for seed in range(4):
+        step(layer, trainer, correct, seed)
+        gradients = [weight.grad for weight in layer.parameters()]
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        live = [w - 0.1 * (nu * v + (1 - nu) * 10 * g) for w, v, g in zip(live, velocity, gradients, strict=True)]
+        torch.testing.assert_close(weights(layer), live, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("crossed", [0, 1, 2])
@@ -147,7 +170,7 @@ def test_memory_is_what_is_stated(name, delay):
     for seed in range(5):
         step(layer, trainer, correct, seed)
     kept = sum(tensor.nbytes for tensor in correct.kept())
-    stated = correct.copies if delay.ahead else 0
+    stated = correct.copies if delay.ahead or name == "look_ahead" else 0
     assert kept == stated * sum(weight.nbytes for weight in layer.parameters())
 
 
@@ -175,7 +198,7 @@ def test_a_run_continues_from_saved_state(name, optimizer):
         assert same(weights(again), weights(layer))
 
 
-@pytest.mark.parametrize("name", ["error_feedback", "momentum"])
+@pytest.mark.parametrize("name", ["error_feedback", "look_ahead", "momentum"])
 def test_nothing_runs_ahead_while_training_is_exact(name):
     layer, trainer, correct = one(name, LATE)
     step(layer, trainer, correct)

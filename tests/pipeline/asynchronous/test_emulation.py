@@ -60,7 +60,7 @@ def test_gradients_are_exact_while_weights_stand_still(name):
             assert same(gradients[number], [parameter.grad for parameter in stage.parameters()])
 
 
-@pytest.mark.parametrize("name", ["none", "error_feedback", "prediction", "stash"])
+@pytest.mark.parametrize("name", ["none", "error_feedback", "look_ahead", "prediction", "stash"])
 def test_exact_steps_are_those_of_one_device(name):
     """Exact to the end is exact; and then, lateness starts with the first batch after."""
     mine, plain = stages(Stage, 4, 2, name), stages(Stage, 4, 2, "none")
