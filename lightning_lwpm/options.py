@@ -8,6 +8,7 @@ from typing import Any
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.schedule import POLICIES
+from lightning_lwpm.staging.recompute import MODES
 from lightning_lwpm.timeline.write import check_path
 from lightning_lwpm.tuning.lineup import FEWEST, MOST
 
@@ -40,6 +41,7 @@ def check_options(
     costs: Any,
     repartition_every_n_epochs: Any,
     virtual_stages: Any,
+    activation_checkpointing: Any,
     data_parallel_size: Any,
     process_group_backend: Any,
     start_method: Any,
@@ -91,6 +93,10 @@ def check_options(
                 f"virtual_stages={virtual_stages!r}: the schedule {schedule!r} needs {number} stages for each device. "
                 'Pass that, or leave it at "auto", or use the schedule "1f1b".'
             )
+    if activation_checkpointing not in MODES:
+        raise ConfigurationError(
+            f"activation_checkpointing={activation_checkpointing!r} is not known. Known are: {_listed(MODES)}."
+        )
     if data_parallel_size != 1:
         raise ConfigurationError(
             f"data_parallel_size={data_parallel_size!r} is not built yet: all devices form one pipeline. Leave it at 1."

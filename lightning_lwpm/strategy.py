@@ -68,6 +68,9 @@ class LWPMStrategy(ProcessesStrategy):
             them, where the measured times show that this makes a step over 5 % faster; 0 for never.
         virtual_stages: Stages for each device. With several of them, apart from each other, a device idles less at the
             ends of a batch, and more tensors are sent. ``"auto"``: as many as the schedule needs.
+        activation_checkpointing: What is kept of a micro-batch for its backward pass: ``"none"``: everything;
+            ``"layer"``: what goes into each block of a list of layers, which is computed again; ``"stage"``: only what
+            a stage has received, and the last one goes by layers. Numbers stay; a step takes a forward pass more.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: ``"gloo"``, also for accelerators (through host memory).
         timeout: Of the process group.
@@ -91,6 +94,7 @@ class LWPMStrategy(ProcessesStrategy):
         device_memory: float | str | None = None,
         repartition_every_n_epochs: int = 0,
         virtual_stages: int | Literal["auto"] = "auto",
+        activation_checkpointing: Literal["none", "layer", "stage"] = "none",
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -112,6 +116,7 @@ class LWPMStrategy(ProcessesStrategy):
             costs=costs,
             repartition_every_n_epochs=repartition_every_n_epochs,
             virtual_stages=virtual_stages,
+            activation_checkpointing=activation_checkpointing,
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -123,6 +128,7 @@ class LWPMStrategy(ProcessesStrategy):
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
+        self.activation_checkpointing = activation_checkpointing
         self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
         self._planner: Planner | None = None
         self._feed: Feed | None = None
@@ -192,7 +198,15 @@ class LWPMStrategy(ProcessesStrategy):
         assert self._planner is not None and self.lightning_module is not None
         module, schedule = self.lightning_module, self._settled()[1]
         self._engine = Engine(
-            self.mailbox, self.transport, module, layout, self.root_device, schedule, serial, layout.ranks
+            self.mailbox,
+            self.transport,
+            module,
+            layout,
+            self.root_device,
+            schedule,
+            serial,
+            layout.ranks,
+            self.activation_checkpointing,
         )
         self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
         if self._recorder is not None:
@@ -228,6 +242,7 @@ class LWPMStrategy(ProcessesStrategy):
             tuple(limits),
             state_factor(self.optimizers),
             self.virtual_stages,
+            activation_checkpointing=self.activation_checkpointing,
         )
 
     def _settled(self) -> tuple[int, str | Callable[[int], Table]]:

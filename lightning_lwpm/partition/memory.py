@@ -45,6 +45,8 @@ class Memory:
             exchange a stage holds one for each use in other stages, and the sum.
         in_flight: From stage and number of stages to the most micro-batches between their forward and backward pass.
         flows: The tensors of one micro-batch that are used in later calls than the one that makes them.
+        again: For each call the bytes that its stage holds of one micro-batch at a time, with those of all its calls:
+            activations that are computed again. None by default.
         limits: Bytes of the device of each stage, or of every one; infinite for no limit.
 
     Raises:
@@ -59,6 +61,7 @@ class Memory:
     flows: Sequence[Flow] = ()
     limits: Sequence[float] | float = math.inf
     shared: Sequence[tuple[tuple[int, ...], float]] = ()
+    again: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if len(self.kept) != len(self.transient):
@@ -93,7 +96,7 @@ class Memory:
 
     def need(self, stage: int, num_stages: int) -> Array:
         """Bytes that a stage needs by (begin, end), of shape (n + 1, n + 1); meaningless where end <= begin."""
-        working = self._transient + self.in_flight(stage, num_stages) * self._each
+        working = self._transient + self.in_flight(stage, num_stages) * self._each + self._again
         return self._weights + np.maximum(working, self._exchanged)
 
     def feasible(self, stage: int, num_stages: int) -> Mask:
@@ -110,6 +113,8 @@ class Memory:
             "sent": flying * float(self._sent[begin, end]),
             "transient": max(self.transient[begin:end]),
         }
+        if self.again:
+            working["computed again"] = sum(self.again[begin:end])
         # the greater of the two moments counts: at work, or the exchange of shared gradients at the end
         exchange = max(0.0, float(self._exchanged[begin, end]) - sum(working.values()))
         weights = sum(nbytes for where, nbytes in self.parameters if any(at in inside for at in where))
@@ -129,6 +134,7 @@ class Memory:
             self,
             kept=[nbytes * factor for nbytes in self.kept],
             transient=[nbytes * factor for nbytes in self.transient],
+            again=[nbytes * factor for nbytes in self.again],
             flows=[replace(flow, nbytes=flow.nbytes * factor) for flow in self.flows],
         )
 
@@ -141,6 +147,12 @@ class Memory:
         """What every micro-batch in flight adds."""
         kept = np.concatenate([[0.0], np.cumsum(np.asarray(self.kept, dtype=float))])
         return kept[None, :] - kept[:, None] + self._received + self._sent
+
+    @cached_property
+    def _again(self) -> Array:
+        """What is computed again between begin and end, for one micro-batch."""
+        sums = np.concatenate([[0.0], np.cumsum(np.asarray(self.again or [0.0] * len(self.kept), dtype=float))])
+        return sums[None, :] - sums[:, None]
 
     @cached_property
     def _received(self) -> Array:

@@ -26,6 +26,8 @@ class LayerCall:
         kept_bytes: Bytes made in this call and kept for its backward pass, or that of a later call.
         passing_bytes: Bytes of the largest of what it takes and returns.
         recomputed: Whether the user has it computed again in the backward pass (``torch.utils.checkpoint``).
+        again_bytes: Bytes that are kept for one micro-batch at a time, while its backward pass runs, because they are
+            computed again.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LayerCall:
     kept_bytes: int = 0
     passing_bytes: int = 0
     recomputed: bool = False
+    again_bytes: int = 0
 
 
 @dataclass(frozen=True)

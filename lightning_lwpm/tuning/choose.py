@@ -13,8 +13,9 @@ from lightning_lwpm.tuning.balance import balanced
 from lightning_lwpm.tuning.lineup import Lineup, called_again, lineups
 from lightning_lwpm.tuning.needs import fits, memory_of, places_of, room_of
 from lightning_lwpm.tuning.predict import predict, shortest
+from lightning_lwpm.tuning.recomputed import look_at
 from lightning_lwpm.tuning.refusal import refusal
-from lightning_lwpm.tuning.sized import Look, at
+from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["Choice", "candidates", "choose", "planned"]
@@ -69,7 +70,7 @@ def choose(
     found: dict[int, Choice] = {}
     counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples)
     for count in counts:
-        look = at(looks, (samples or 1) / count)
+        look = look_at(looks, (samples or 1) / count, wish)
         best = _best(look, seen, num_ranks, wish, count, called_again(look, seen, wish, num_ranks) + each)
         if best is not None:
             found[count] = best

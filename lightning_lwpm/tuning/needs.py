@@ -35,12 +35,16 @@ def memory_of(look: Look, seen: Probe, lineup: Lineup, count: int, wish: Wish) -
     for name, where in [*seen.parameters.items(), *seen.buffers.items()]:
         values, gradient = seen.sizes[name]
         weights.append((where, values + gradient * (1 + wish.state_factor)))
+    again = [call.again_bytes if schedule else 0 for call in calls]
+    whole = wish.activation_checkpointing == "stage"  # all of a stage at once, otherwise layer by layer
+    # at work on a call: what it takes, what it gives, in the backward pass the gradients of both and of its weights
+    working = [3 * call.passing_bytes + call.parameter_bytes if schedule else call.passing_bytes for call in calls]
     return Memory(
         parameters=weights,
         kept=[call.kept_bytes if schedule else 0 for call in calls],
         flows=look.timeline.flows,
-        # at work on a call: what it takes, what it gives, in the backward pass the gradients of both and of its weights
-        transient=[3 * call.passing_bytes + call.parameter_bytes if schedule else call.passing_bytes for call in calls],
+        transient=working if whole else [once + more for once, more in zip(working, again, strict=True)],
+        again=again if whole else (),
         shared=[(where, seen.sizes[name][1]) for name, where in seen.parameters.items() if len(where) > 1 and schedule],
         in_flight=lambda stage, _: in_flight(schedule, ranks, count)[stage] if schedule else 1,
         limits=[wish.limits[rank] / ranks.count(rank) for rank in ranks] if wish.limits else [math.inf] * len(ranks),
@@ -64,6 +68,8 @@ def room_of(plan: PartitionPlan, wish: Wish) -> tuple[float, ...]:
         return ()
     room, least = list(wish.limits), [0.0] * len(wish.limits)
     for stage in plan.stages:
-        room[stage.rank] -= stage.memory["weights"] + stage.memory["transient"]
+        room[stage.rank] -= (
+            stage.memory["weights"] + stage.memory["transient"] + stage.memory.get("computed again", 0.0)
+        )
         least[stage.rank] += stage.microbatch_bytes
     return tuple(map(max, room, least))

@@ -7,9 +7,11 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.cuts import label
 from lightning_lwpm.partition.describe import Probe
 from lightning_lwpm.partition.explain import Alternative, explain
+from lightning_lwpm.staging.recompute import MODES
 from lightning_lwpm.tuning.lineup import Lineup, lineups
 from lightning_lwpm.tuning.needs import memory_of, places_of
-from lightning_lwpm.tuning.sized import Look, at
+from lightning_lwpm.tuning.recomputed import look_at
+from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
 __all__ = ["refusal"]
@@ -31,7 +33,7 @@ def refusal(
         count: The number of micro-batches that was tried.
         lineup: The schedule that was tried, and where its stages would lie.
     """
-    look = at(looks, (samples or 1) / count)
+    look = look_at(looks, (samples or 1) / count, wish)
     timeline, stages = look.timeline, lineup.stages
     memory = memory_of(look, seen, lineup, count, wish)
 
@@ -39,7 +41,7 @@ def refusal(
         more = count
         while samples is not None and more < samples:
             more = min(2 * more, samples)
-            smaller = memory_of(at(looks, samples / more), seen, lineup, more, wish)
+            smaller = memory_of(look_at(looks, samples / more, wish), seen, lineup, more, wish)
             yield Alternative(f"num_microbatches={more}", smaller, stages)
 
     def fewer_in_flight() -> Iterator[Alternative]:
@@ -48,10 +50,11 @@ def refusal(
             yield Alternative("schedule='1f1b'", memory_of(look, seen, simple, count, wish), simple.stages)
 
     def checkpointing() -> Iterator[Alternative]:
-        # a layer that is computed again keeps what goes into it
-        kept = [min(mine, taken) for mine, taken in zip(memory.kept, timeline.boundary_bytes, strict=True)]
-        change = "activation checkpointing of every layer (`torch.utils.checkpoint` in the model)"
-        yield Alternative(change, replace(memory, kept=kept), stages)
+        modes = MODES[MODES.index(wish.activation_checkpointing) + 1 :] if lineup.schedule else ()
+        for mode in modes:
+            less = replace(wish, activation_checkpointing=mode)
+            need = memory_of(look_at(looks, (samples or 1) / count, less), seen, lineup, count, less)
+            yield Alternative(f"activation_checkpointing={mode!r}", need, stages)
 
     def more_devices() -> Iterator[Alternative]:
         least = min(wish.limits)

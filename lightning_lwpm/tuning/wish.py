@@ -22,6 +22,7 @@ class Wish:
         state_factor: Bytes of optimizer state for each byte of trained parameters.
         virtual_stages: Stages a rank, or "auto": as many as the schedule needs.
         ranks: The rank of each stage, where a plan says it.
+        activation_checkpointing: What is computed again in backward passes: "none", "layer" or "stage".
     """
 
     partition: str | Sequence[str] | PartitionPlan = "auto"
@@ -31,6 +32,7 @@ class Wish:
     state_factor: float = 0.0
     virtual_stages: int | Literal["auto"] = "auto"
     ranks: tuple[int, ...] | None = None
+    activation_checkpointing: str = "none"
 
     def resolved(self) -> "Wish":
         """The same with the layers that a plan names, and what else it says where the user has left it open.

@@ -30,6 +30,7 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
             ["virtual_stages=1", "at least 2", "'interleaved_1f1b'"],
         ),
         ({"virtual_stages": 3, "schedule": "zbv"}, ["virtual_stages=3", "needs 2 stages", '"1f1b"']),
+        ({"activation_checkpointing": "all"}, ["activation_checkpointing='all'", "'none', 'layer', 'stage'"]),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
         ({"process_group_backend": "nccl"}, ["process_group_backend='nccl'", "not built yet", "gloo"]),
         ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),

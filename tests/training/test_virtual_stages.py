@@ -22,6 +22,8 @@ from training.test_planning import train as train_long
         (3, {"schedule": "interleaved_1f1b"}),
         (2, {"schedule": "1f1b", "virtual_stages": 2}),
         (2, {"schedule": "auto", "virtual_stages": 2}),
+        (2, {"activation_checkpointing": "layer"}),
+        (2, {"activation_checkpointing": "stage", "schedule": "gpipe"}),
         (2, {"schedule": "zb1p"}),
         (3, {"schedule": "zb1p"}),
         (2, {"schedule": "zbv"}),
