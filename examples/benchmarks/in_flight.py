@@ -75,11 +75,12 @@ def measure(rank: int, world: int, args: Any) -> list[dict[int, int]]:
     for race in RACES:
         if race.ours not in args.schedules:
             continue
-        model = nn.Sequential(*(Stage() for _ in race.stages(world)))
+        parts = [Stage() for _ in race.stages(world)]
+        model = nn.Sequential(*parts)
         line = Line(rank, world)
         ours = Ours(line, race, model, chain(model), Task(batch, batch, F.mse_loss, args.microbatches))
         take_turns([ours], 1, 2)
-        found.append({stage: model[stage].count.peak for stage in ours.engine.stages})
+        found.append({stage: parts[stage].count.peak for stage in ours.engine.stages})
         line.close()
     return found
 
