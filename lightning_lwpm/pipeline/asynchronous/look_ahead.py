@@ -23,14 +23,14 @@ class LookAhead(ErrorFeedback):
 
     so that a new gradient counts more, and its echo less: quasi-hyperbolic momentum (Ma and Yarats, arXiv 1810.06801).
     That takes back some of the lag of momentum, to which the lag of the pipeline adds, while the base weights w average
-    over v. rho = b is Nesterov's momentum, rho = b/(1-b) leaves none. It pays without a delay, too, so that a run may end
-    below the exact one. Any optimizer; without momentum it is ``ErrorFeedback``. Memory: one copy at every stage.
+    over v. rho = b is Nesterov's momentum, rho = b/(1-b) leaves none. It pays without a delay, too, so that a run may
+    end below the exact one. Any optimizer; without momentum it is ``ErrorFeedback``. Memory: one copy at every stage.
 
     Args:
         optimizer: The stage's optimizer.
         parameters: The weights of the stage that the optimizer trains.
         delay: How late gradients come at this stage. Nothing is done where there is one stage only.
-        reach: Steps that weights run ahead; by default ``SHARE`` b/(1-b), of the largest b among the optimizer's groups.
+        reach: Steps that weights run ahead; by default ``SHARE`` b/(1-b) of the largest b of a group.
     """
 
     name = "look_ahead"
