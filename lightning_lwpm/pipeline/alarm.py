@@ -22,11 +22,13 @@ class Alarm:
 
     Attributes:
         failure: What every rank raises; ``None`` as long as none has failed.
+        reactions: What is called once, each on a thread of its own, when there is one.
         owner: The thread that must notice a failure: the one that made this.
     """
 
     def __init__(self, changed: threading.Condition, idle: Callable[[], bool]) -> None:
         self.failure: str | None = None
+        self.reactions: list[Callable[[], None]] = []
         self.owner = threading.get_ident()
         self._raised: type[LWPMError] = PipelineError
         self._changed, self._idle = changed, idle
@@ -49,6 +51,8 @@ class Alarm:
             self.failure, self._raised = message, raised
             self._changed.notify_all()
         self.notice()
+        for react in self.reactions:
+            threading.Thread(target=react, name="lwpm-react", daemon=True).start()
         threading.Thread(target=self._insist, args=(label,), name="lwpm-insist", daemon=True).start()
         return True
 

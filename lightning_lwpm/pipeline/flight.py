@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_lwpm.pipeline.agreement import Entry
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.pipeline.transport import Receive
+from lightning_lwpm.pipeline.transport import Receive, Transport
 from lightning_lwpm.staging.record import Trace
 from lightning_lwpm.staging.remote import Meta, Name
 
-__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "count", "join", "tell"]
+__all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "blank", "count", "join", "proves", "tell"]
 
 Layout = tuple[int, ...] | None
 """The strides of a gradient; ``None`` where there is no gradient."""
@@ -175,6 +175,18 @@ def join(arrival: Arrival, grad: bool) -> Tensor:
 def count(meta: Meta) -> int:
     """Number of elements."""
     return meta.nbytes // meta.dtype.itemsize
+
+
+def blank(meta: Meta, device: torch.device, value: float) -> Tensor:
+    """A flat tensor to send where there is none: full of ``value``, or of zeros where the type is too narrow for it."""
+    real = meta.dtype.is_floating_point or meta.dtype.is_complex
+    where = "cpu" if meta.on_host else device
+    return torch.full((count(meta),), value if real else 0, dtype=meta.dtype, device=where)
+
+
+def proves(transport: Transport, entries: Iterable[Entry]) -> bool:
+    """Whether these entries, once they are there, prove to their receiver that all was told that came before them."""
+    return transport.arrives and any(count(entry.meta) for entry in entries)
 
 
 def tell(name: Name) -> str:

@@ -1,6 +1,6 @@
 """The receiving side of a stage: activations in, gradients back.
 
-before F    wait for what was agreed with each earlier stage, and for the word that nothing was
+before F    wait for what was agreed with each earlier stage, and for its word where nothing was or arrivals are unseen
 in F        first touch: ask the producer (it keeps everything until its own backward); agree that it is sent
 after B     send the gradients of what was used, in the layout that the producer has been told
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, count, join, tell
+from lightning_lwpm.pipeline.flight import Arrival, Desk, Flight, Item, Layout, blank, count, join, proves, tell
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Receive, Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
@@ -87,7 +87,7 @@ class Inbox:
         rank = self.desk.ranks[producer]
         with self.desk.lock:
             self._receives[producer, item.serial] = [
-                (entry, self.transport.receive(rank, count(entry.meta), entry.meta.dtype))
+                (entry, self.transport.receive(rank, count(entry.meta), entry.meta.dtype, entry.meta.on_host))
                 for entry in self._agreed[producer].active(item.signature, item.serial)
             ]
             self._posted[producer] = item.serial
@@ -121,7 +121,7 @@ class Inbox:
         return Peers(self, flight)
 
     def _wait(self, producer: int, item: Item, receives: list[tuple[Entry, Receive]]) -> list[Tensor]:
-        if producer == self.desk.stage - 1 and not any(count(entry.meta) for entry, _ in receives):
+        if producer == self.desk.stage - 1 and not proves(self.transport, (entry for entry, _ in receives)):
             # no data proves that the stage before has left its forward: it says so
             what = self.desk.says("end of forward", item, None, producer)
             self.desk.mailbox.take("forward-left", (item.serial, self.desk.stage), what)
@@ -208,14 +208,13 @@ class Inbox:
             self._tell_layouts(producer, flight, agreed, gradients)
             for entry in agreed:
                 gradient = gradients[entry.name]
-                flat = torch.zeros(count(entry.meta), dtype=entry.meta.dtype) if gradient is None else to_wire(gradient)
-                self.transport.send(rank, flat)
+                self.transport.send(rank, blank(entry.meta, self.device, 0) if gradient is None else to_wire(gradient))
             for arrival in flight.arrivals.values():
                 if arrival.pulled and arrival.stage == producer and arrival.meta.requires_grad:
                     gradient = arrival.gradient
                     payload = None if gradient is None else (to_wire(gradient), gradient.stride())
                     desk.mailbox.post(rank, "gradient", (item.serial, arrival.name, desk.stage), payload)
-            if producer == desk.stage - 1 and not any(count(entry.meta) for entry in agreed):
+            if producer == desk.stage - 1 and not proves(self.transport, agreed):
                 desk.mailbox.post(rank, "backward-done", (item.serial, producer))
         for arrival in flight.arrivals.values():
             arrival.release()

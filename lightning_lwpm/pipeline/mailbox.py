@@ -135,6 +135,10 @@ class Mailbox:
                 if self.has_left(source) and not until(_POLL_SECONDS):
                     raise self._left(source, what)
 
+    def at_failure(self, react: Callable[[], None]) -> None:
+        """Let ``react`` be called, on a thread of its own, when this rank hears of a failure, or has one."""
+        self._alarm.reactions.append(react)
+
     def has_left(self, source: int | None) -> bool:
         """Whether nothing can come from a rank, or with ``None`` from any other, because it has ended its program."""
         left = self._links.farewells

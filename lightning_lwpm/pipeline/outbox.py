@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_lwpm.pipeline.agreement import Agreement, Entry, meta_of
-from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, count
+from lightning_lwpm.pipeline.flight import Desk, Flight, Item, Layout, blank, count, proves
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.pipeline.wire import dense_stride, from_wire, to_wire
@@ -79,8 +79,12 @@ class Outbox:
         for consumer, entries in sending.items():
             rank = self.desk.ranks[consumer]
             for entry in entries:
-                self.transport.send(rank, _payload(flight.retained.get(entry.name), entry.meta))
-            if consumer == self.desk.stage + 1 and not any(count(entry.meta) for entry in entries):
+                tensor = flight.retained.get(entry.name)
+                if tensor is not None and Meta.of(tensor) == entry.meta:
+                    self.transport.send(rank, to_wire(tensor))
+                else:  # nonsense that hurts if used: this micro-batch made no such tensor
+                    self.transport.send(rank, blank(entry.meta, self.device, float("nan")))
+            if consumer == self.desk.stage + 1 and not proves(self.transport, entries):
                 self.desk.mailbox.post(rank, "forward-left", (item.serial, consumer))
             if item.grad:
                 flight.sent[consumer] = [entry for entry in entries if entry.meta.requires_grad]
@@ -125,7 +129,8 @@ class Outbox:
             return False
         rank = self.desk.ranks[consumer]
         flight.gradients[consumer] = [
-            self.transport.receive(rank, count(entry.meta), entry.meta.dtype) for entry in flight.sent[consumer]
+            self.transport.receive(rank, count(entry.meta), entry.meta.dtype, entry.meta.on_host)
+            for entry in flight.sent[consumer]
         ]
         return True
 
@@ -137,8 +142,8 @@ class Outbox:
         item, desk, after = flight.item, self.desk, self.desk.stage + 1
         for consumer in flight.sent:
             self.postings.until(desk.ranks[consumer], partial(flight.gradients.__contains__, consumer))
-        if after in flight.sent and not any(count(entry.meta) for entry in flight.sent[after]):
-            # no data was agreed with the next stage: only its word tells that no request is still to come
+        if after in flight.sent and not proves(self.transport, flight.sent[after]):
+            # no data comes that this rank sees: only the next stage's word tells that no request is still to come
             desk.mailbox.take(
                 "backward-done", (item.serial, desk.stage), desk.says("end of backward", item, None, after)
             )
@@ -150,7 +155,7 @@ class Outbox:
             flats = [
                 receive.wait(partial(desk.says, "gradient", item, entry.name, consumer)) for entry, receive in receives
             ]
-            # only data that has come proves that all has been told of it, so first wait for all
+            # only data that has come, or that word, proves that all has been told of it, so first wait for all
             for entry, flat in zip(flight.sent[consumer], flats, strict=True):
                 name, meta = entry.name, entry.meta
                 layout = self._layout(consumer, item, name, meta)
@@ -237,11 +242,3 @@ class Outbox:
             for name, layout in news.items():
                 self._layouts.setdefault((consumer, signature, name), []).append((serial, layout))
         self.desk.answer(key, None)
-
-
-def _payload(tensor: Tensor | None, meta: Meta) -> Tensor:
-    """What is sent for an entry; nonsense that hurts if used where this micro-batch made no such tensor."""
-    if tensor is not None and Meta.of(tensor) == meta:
-        return to_wire(tensor)
-    real = meta.dtype.is_floating_point or meta.dtype.is_complex
-    return torch.full((count(meta),), float("nan") if real else 0, dtype=meta.dtype)

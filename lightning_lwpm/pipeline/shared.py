@@ -68,7 +68,8 @@ class SharedGradients:
                 if other == self.rank:
                     continue
                 if name in have[other]:
-                    receives[name, other] = self.transport.receive(other, parameter.numel(), parameter.dtype)
+                    on_host = parameter.device.type == "cpu"
+                    receives[name, other] = self.transport.receive(other, parameter.numel(), parameter.dtype, on_host)
                 if name in mine:
                     assert parameter.grad is not None
                     # as it is: from here on nothing writes into this gradient, the sum is another tensor

@@ -1,6 +1,7 @@
 """Bytes between two ranks over a socket: small messages without any hand-over between threads, large ones in others.
 
-    send    what the system takes at once goes at once; the rest, and all after it, by a thread
+    send    what the system takes at once goes at once; the rest, and all after it, by a thread; also what is not
+            ready yet, which the thread waits for
     post    a large message, and all before it, are read ahead by a thread; a small one stays with the system until
             somebody waits for it, who then reads it: to wake another thread takes longer than that
 
@@ -78,33 +79,40 @@ class Stream:
         self._posted: deque[Pending] = deque()  # in order; the owner reads them
         self._ahead: SimpleQueue[Pending | None] = SimpleQueue()  # before all of those; the thread reads them
         self._latest: Pending | None = None  # that the thread has been given
-        self._waiting: SimpleQueue[list[memoryview] | None] = SimpleQueue()  # to be sent
+        self._waiting: SimpleQueue[tuple[list[memoryview], Callable[[], Any]] | None] = SimpleQueue()  # to be sent
         self._queued = self._gone = 0  # messages that the sending thread was given, and has sent
         self._threads: dict[str, threading.Thread] = {}
 
     # -- sending -------------------------------------------------------------------------------------------------
 
-    def send(self, view: memoryview) -> None:
+    def send(self, view: memoryview, ready: Callable[[], Any] | None = None) -> None:
         """Send a message without waiting. Its bytes are kept, and must stay as they are, until they have gone.
+
+        Args:
+            view: The bytes.
+            ready: Waits until they are there, on another thread.
 
         Raises:
             OSError: If the connection has ended.
         """
         rest = [memoryview(len(view).to_bytes(_HEADER_BYTES, "little")), view]
-        if self._queued == self._gone:
+        if ready is None and self._queued == self._gone:
             with suppress(BlockingIOError):
                 rest = _after(rest, self._connection.sendmsg(rest, (), socket.MSG_DONTWAIT))
             if not rest:
                 return
         self._start("send", self._send_rest)
         self._queued += 1
-        self._waiting.put(rest)
+        self._waiting.put((rest, ready or _at_once))
 
     def _send_rest(self) -> None:
-        while (rest := self._waiting.get()) is not None:
+        while (item := self._waiting.get()) is not None:
+            rest, ready = item
+            ready()
             while rest:
                 rest = _after(rest, self._connection.sendmsg(rest))
             self._gone += 1
+            del item, rest, ready  # a thread that waits holds on to no memory
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
@@ -181,6 +189,10 @@ class Stream:
                 target=_quietly, args=(work,), name=f"lwpm-{what}-{self._name}", daemon=True
             )
             self._threads[what].start()
+
+
+def _at_once() -> None:
+    """What is there need not be waited for."""
 
 
 def _quietly(work: Callable[[], Any]) -> None:

@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.meeting import meet
 from lightning_lwpm.pipeline.streams import Pending, Stream
 
-__all__ = ["Receive", "Transport"]
+__all__ = ["LAST_MESSAGES_SECONDS", "Receive", "Transport"]
 
-_LAST_MESSAGES_SECONDS = 3.0  # for messages under way to arrive at the end
+LAST_MESSAGES_SECONDS = 3.0  # for messages under way to arrive at the end
 
 
 class Receive:
@@ -46,7 +47,7 @@ class Receive:
             transport.streams[source].post(self._pending)
 
     def wait(self, what: str | Callable[[], str]) -> Tensor:
-        """The bytes received, as a flat tensor on the host.
+        """The elements received, as a flat tensor; on an accelerator in the order of its current stream.
 
         Args:
             what: Says, for people, what is waited for.
@@ -75,8 +76,13 @@ class Transport:
         mailbox: Where failures are heard.
 
     Attributes:
+        device: Where the tensors lie that are sent and received, but for those of the host.
+        arrives: Whether this rank hears of it when data has come: then all has come that was told before.
         streams: The connection to each other rank.
     """
+
+    device = torch.device("cpu")
+    arrives = True
 
     def __init__(self, mailbox: Mailbox) -> None:
         self.mailbox = mailbox
@@ -88,16 +94,27 @@ class Transport:
             connection.close()
         guard(self)
 
-    def receive(self, source: int, numel: int, dtype: torch.dtype) -> Receive:
-        """Post a receive; the k-th posted for a rank gets the k-th that it sends."""
+    def receive(self, source: int, numel: int, dtype: torch.dtype, on_host: bool = False) -> Receive:
+        """Post a receive; the k-th posted for a rank gets the k-th that it sends.
+
+        Args:
+            source: The rank that sends.
+            numel: Number of elements.
+            dtype: Their type.
+            on_host: Whether they belong into host memory, whatever the device.
+        """
         return Receive(self, source, torch.empty(numel, dtype=dtype))
 
     def send(self, target: int, flat: Tensor) -> None:
-        """Send a flat host tensor without waiting; it is kept alive until it has gone."""
+        """Send a flat tensor without waiting; it is kept alive until it has gone, and must stay as it is."""
+        self._send(target, flat)
+
+    def _send(self, target: int, flat: Tensor, ready: Callable[[], Any] | None = None) -> None:
+        """Send a flat host tensor, once ``ready`` returns on another thread."""
         if not flat.numel():
             return
         try:
-            self.streams[target].send(_bytes(flat))
+            self.streams[target].send(_bytes(flat), ready)
         except OSError as error:
             self.lost(target, error)
 
@@ -113,7 +130,7 @@ class Transport:
 
     def close(self) -> None:
         """End the connections: once all messages have gone, and after a failure at once."""
-        deadline = time.monotonic() + (_LAST_MESSAGES_SECONDS if self.mailbox.failure is None else 0)
+        deadline = time.monotonic() + (LAST_MESSAGES_SECONDS if self.mailbox.failure is None else 0)
         for stream in self.streams.values():
             stream.finish(deadline)
         for stream in self.streams.values():

@@ -1,4 +1,4 @@
-"""Tensors as flat host memory and back, in the very same memory layout.
+"""Tensors as flat memory and back, in the very same memory layout.
 
 The layout is kept because it decides which kernels run, and so the last bits of the result.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lwpm.staging.remote import Meta
 
-__all__ = ["dense_stride", "from_wire", "to_wire"]
+__all__ = ["dense_stride", "from_wire", "to_device", "to_wire"]
 
 
 @lru_cache(maxsize=4096)
@@ -41,15 +41,20 @@ def dense_stride(meta: Meta) -> tuple[int, ...]:
 
 
 def to_wire(tensor: Tensor) -> Tensor:
-    """The elements of ``tensor`` as one flat host tensor, in order of memory; no copy where it is dense."""
+    """The elements of ``tensor`` as one flat tensor, in order of memory; no copy where it is dense."""
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     if _is_dense(tuple(tensor.shape), tensor.stride()):
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-    else:
-        flat = tensor.contiguous().view(-1)
-    return flat.to("cpu")
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.contiguous().view(-1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; one of the host gets there without this thread waiting for the device's earlier work."""
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def from_wire(flat: Tensor, meta: Meta, device: torch.device) -> Tensor:
@@ -61,7 +66,7 @@ def from_wire(flat: Tensor, meta: Meta, device: torch.device) -> Tensor:
         device: The stage's device; a tensor that its producer kept on the host stays there.
     """
     if not meta.on_host:
-        flat = flat.to(device)
+        flat = to_device(flat, device)
     # not as a view: what is received may be changed in place like any other tensor
     dense = torch.empty(0, dtype=flat.dtype, device=flat.device)
     dense.set_(flat.untyped_storage(), flat.storage_offset(), meta.shape, dense_stride(meta))

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
@@ -150,14 +151,15 @@ class Feed:
             )
         key = (*origin, self.mailbox.rank)
         self.mailbox.post(0, "?leaf", key)
-        return self.mailbox.take("leaf", key, f"leaf {origin[1]} of batch {origin[0][1]} from rank 0").to(self.device)
+        leaf = self.mailbox.take("leaf", key, f"leaf {origin[1]} of batch {origin[0][1]} from rank 0")
+        return to_device(leaf, self.device)
 
     def _take(self, key: tuple[str, int]) -> Any:
         spec, leaves = self.mailbox.take("batch", key, f"batch {key[1]} from rank 0, which reads the data")
 
         def local(index: int, leaf: Tensor | Meta) -> Any:
             if isinstance(leaf, Tensor):
-                return leaf.to(self.device)
+                return to_device(leaf, self.device)
             shell = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="meta")
             absent = Placeholder(shell, self.device)
             absent.origin = (key, index)  # type: ignore[attr-defined]

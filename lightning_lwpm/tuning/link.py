@@ -43,16 +43,23 @@ def _turns(transport: Transport, peer: int, rank: int) -> tuple[float, float]:
     """Seconds that a short and a long message take one way; the lower rank of the pair begins."""
     medians = []
     for nbytes, turns in ((_SHORT, _SHORT_TURNS), (_LONG, _LONG_TURNS)):
-        flat = torch.zeros(nbytes, dtype=torch.uint8)
+        flat = torch.zeros(nbytes, dtype=torch.uint8, device=transport.device)
         seconds = []
         for _ in range(turns + 1):
             begin = time.perf_counter()
             if rank < peer:
                 transport.send(peer, flat)
-                transport.receive(peer, nbytes, torch.uint8).wait(f"an answer of rank {peer}")
+                _receive(transport, peer, nbytes)
             else:
-                transport.receive(peer, nbytes, torch.uint8).wait(f"a message of rank {peer}")
+                _receive(transport, peer, nbytes)
                 transport.send(peer, flat)
             seconds.append((time.perf_counter() - begin) / 2)
         medians.append(statistics.median(seconds[1:]))  # the first message warms up
     return medians[0], medians[1]
+
+
+def _receive(transport: Transport, peer: int, nbytes: int) -> None:
+    """Wait until a message is there, on an accelerator too."""
+    transport.receive(peer, nbytes, torch.uint8).wait(f"a message of rank {peer}")
+    if transport.device.type != "cpu":
+        torch.accelerator.synchronize(transport.device)
