@@ -43,7 +43,7 @@ class Recompute:
 
     def __init__(self, mode: str, root: nn.Module, within: Iterable[str] | None = None) -> None:
         self.mode, self.modules = mode, list(root.modules())
-        self.layers = layers_of(root, within) if mode != "none" else []
+        self.layers = list(map(_Again, layers_of(root, within))) if mode != "none" else []
 
     def run(self, step: Callable[[Any], Any], peers: Any, last: bool) -> Any:
         """Run a stage's part of a step with a backward pass to come.
@@ -91,12 +91,13 @@ def _composite(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _layers_recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _layers_recomputed(layers: Sequence["_Again"]) -> Iterator[None]:
     """Let calls of layers within the block keep only what goes into them."""
     absent = object()
-    before = [(layer, layer.__dict__.get("forward", absent)) for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = _Again(layer)
+    before = [(stand_in.layer, stand_in.layer.__dict__.get("forward", absent)) for stand_in in layers]
+    for stand_in in layers:
+        stand_in.forward = stand_in.layer.forward
+        stand_in.layer.__dict__["forward"] = stand_in
     try:
         yield
     finally:
@@ -108,7 +109,7 @@ def _layers_recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _Again:
-    """Stands in for a layer's ``forward``."""
+    """Stands in for a layer's ``forward``: always the same object, or a compiler would begin anew each time."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.forward = layer, layer.forward
