@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import blake2b
 
 import torch
 
@@ -17,7 +18,7 @@ __all__ = ["TorchRandom", "python_random", "seed_python"]
 
 def seed_python(seed: int, serial: int) -> None:
     """Seed Python's and NumPy's generators for micro-batch ``serial`` of a run seeded with ``seed``."""
-    mixed = random.Random(f"{seed} {serial}").getrandbits(32)
+    mixed = int.from_bytes(blake2b(f"{seed} {serial}".encode(), digest_size=4).digest())
     random.seed(mixed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(mixed)
