@@ -101,10 +101,10 @@ def check_options(
         raise ConfigurationError(
             f"data_parallel_size={data_parallel_size!r} is not built yet: all devices form one pipeline. Leave it at 1."
         )
-    if process_group_backend not in (None, "gloo"):
+    if process_group_backend not in (None, "nccl", "gloo"):
         raise ConfigurationError(
-            f"process_group_backend={process_group_backend!r} is not built yet. Leave it out, or pass 'gloo': it also "
-            "serves accelerators, through host memory."
+            f"process_group_backend={process_group_backend!r} is not known. Known are: 'nccl' (straight between GPUs) "
+            "and 'gloo' (through host memory, for all devices). Leave it out for the faster one that can be used."
         )
     if start_method not in ("popen", "spawn", "fork", "forkserver"):
         raise ConfigurationError(

@@ -72,7 +72,8 @@ class LWPMStrategy(ProcessesStrategy):
             ``"layer"``: what goes into each block of a list of layers, which is computed again; ``"stage"``: only what
             a stage has received, and the last one goes by layers. Numbers stay; a step takes a forward pass more.
         data_parallel_size: Copies of the pipeline; only 1 for now.
-        process_group_backend: ``"gloo"``, also for accelerators (through host memory).
+        process_group_backend: How tensors travel between accelerators: ``"nccl"``, straight; ``"gloo"``, through host
+            memory, also where several processes share a device. By default the former where it can be used.
         timeout: Of the process group.
         start_method: How processes are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
         patience: A wait longer than this many seconds is explained on standard error; 0 for never.
@@ -124,7 +125,7 @@ class LWPMStrategy(ProcessesStrategy):
             timeline=timeline,
             log_bubble=log_bubble,
         )
-        self.timeline, self.log_bubble = timeline, log_bubble
+        self.timeline, self.log_bubble, self.process_group_backend = timeline, log_bubble, process_group_backend
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method

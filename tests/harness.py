@@ -19,13 +19,16 @@ from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placement import place
 from lightning_lwpm.staging.randomness import python_random, seed_python
+from lightning_lwpm.staging.tree import map_tensors
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
 Schedule = str | Callable[[int], Table]
 
 
-def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Transport | None]:
-    """The connections of one rank."""
+def connect(
+    rank: int, world: int, patience: float = 5.0, carry: Callable[[Mailbox], Transport] = Transport
+) -> tuple[Mailbox, Transport | None]:
+    """The connections of one rank; ``carry`` makes those for data."""
     if world == 1:
         return Mailbox(0, 1, lambda value: [value]), None
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -36,7 +39,7 @@ def connect(rank: int, world: int, patience: float = 5.0) -> tuple[Mailbox, Tran
         return values
 
     mailbox = Mailbox(rank, world, gather, patience=patience)
-    return mailbox, Transport(mailbox)
+    return mailbox, carry(mailbox)
 
 
 def engine(
@@ -49,17 +52,19 @@ def engine(
     schedule: Schedule = "1f1b",
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
+    carry: Callable[[Mailbox], Transport] = Transport,
 ) -> Engine:
     """An engine for ``model`` over ``world`` ranks, which all build the same model.
 
     With a ``placement`` (the rank of each stage) there is a stage for each of its entries, as far as there are layers.
     """
-    mailbox, transport = connect(rank, world)
+    mailbox, transport = connect(rank, world, carry=carry)
+    device = transport.device if transport is not None else torch.device("cpu")
     seen = probe(model, lambda: step(model, sample))
     plan = make_plan(seen.timeline, len(placement or range(world)), partition, place_stages)
     layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
     placement = placement[: layout.num_stages] if placement is not None else None
-    built = Engine(mailbox, transport, model, layout, torch.device("cpu"), schedule, 0, placement, checkpointing)
+    built = Engine(mailbox, transport, model, layout, device, schedule, 0, placement, checkpointing)
     place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stages)
     return built
 
@@ -76,12 +81,16 @@ def train_pipelined(
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
+    carry: Callable[[Mailbox], Transport] = Transport,
 ) -> dict[str, Any]:
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
     torch.manual_seed(0)
     model = build()
     sample = Batch.of(batches[0], num_microbatches).microbatch(0, private=True)
-    run = engine(rank, world, model, step, sample, partition, schedule, placement, checkpointing)
+    run = engine(rank, world, model, step, sample, partition, schedule, placement, checkpointing, carry)
+    model.to(run.device)
+    if run.device.type != "cpu":
+        batches = map_tensors(lambda tensor: tensor.to(run.device), batches)
     optim = optimizer(model.parameters()) if optimizer else None
     losses: list[list[float]] = []
     gradients: list[dict[str, torch.Tensor]] = []
@@ -127,18 +136,19 @@ def train_single(
     batches: list[Any],
     num_microbatches: int = 4,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The reference: one device that accumulates the same micro-batches."""
     torch.set_num_threads(1)  # as in the workers: the number of threads decides the order of sums
     torch.manual_seed(0)
-    model = build()
+    model = build().to(device)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients: list[dict[str, torch.Tensor]] = []
     serial = 0
     optim = optimizer(model.parameters()) if optimizer else None
     losses = []
     for value in batches:
-        batch = Batch.of(copy.deepcopy(value), num_microbatches)
+        batch = Batch.of(map_tensors(lambda tensor: tensor.to(device), copy.deepcopy(value)), num_microbatches)
         model.zero_grad()
         losses.append([])
         for i, weight in enumerate(batch.weights):

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lwpm.errors import LWPMError
+from lightning_lwpm.pipeline.carrier import connect
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
@@ -28,7 +29,8 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     Attributes:
         start_method: How processes are started: by running the script again ("popen"), or by ``multiprocessing``.
-        timeout: Of the process group.
+        timeout: Of the process groups.
+        process_group_backend: How tensors travel between accelerators: "nccl", "gloo", or what can be used.
         patience: A wait longer than this many seconds is explained on standard error.
         transport: Carries tensors between ranks; ``None`` with one process.
         failed: Whether this rank has failed, or heard that another has.
@@ -36,6 +38,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen"
     timeout: timedelta
+    process_group_backend: str | None = None
     patience: float
     transport: Transport | None = None
     failed: bool = False
@@ -94,7 +97,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         assert self.cluster_environment is not None
         init_connection(self.cluster_environment, "gloo", timeout=self.timeout)
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
-        self.transport = Transport(self._mailbox)
+        self.transport = connect(self._mailbox, self.root_device, self.process_group_backend, self.timeout)
         # not `atexit`, which processes started by `multiprocessing` leave out: their end would look like a death
         Finalize(None, self.transport.close, exitpriority=20)
         Finalize(None, self._mailbox.close, exitpriority=10)

@@ -32,7 +32,7 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
         ({"virtual_stages": 3, "schedule": "zbv"}, ["virtual_stages=3", "needs 2 stages", '"1f1b"']),
         ({"activation_checkpointing": "all"}, ["activation_checkpointing='all'", "'none', 'layer', 'stage'"]),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
-        ({"process_group_backend": "nccl"}, ["process_group_backend='nccl'", "not built yet", "gloo"]),
+        ({"process_group_backend": "mpi"}, ["process_group_backend='mpi'", "not known", "'nccl'", "'gloo'"]),
         ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),
         ({"schedule": ["1f1b"]}, ["schedule=['1f1b']", "is not known"]),
         ({"partition": "blocks.2"}, ["partition='blocks.2'", 'such as ["blocks.2"]']),
