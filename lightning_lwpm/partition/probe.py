@@ -16,6 +16,7 @@ from lightning_lwpm.partition.hooks import watching_hooks
 from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.undo import undone
 from lightning_lwpm.staging.compiled import AsWritten
+from lightning_lwpm.staging.reentrant import never_reentrant
 
 __all__ = ["Probe", "probe"]
 
@@ -70,7 +71,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             saving = saved_tensors_hooks(recorder.save, _same)
-            with AsWritten(), counter, recorder, recorder.watching_checkpoints(), saving:
+            with AsWritten(), never_reentrant(), counter, recorder, recorder.watching_checkpoints(), saving:
                 step()
         finally:
             for handle in handles:

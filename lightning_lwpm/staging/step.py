@@ -27,6 +27,7 @@ from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.reach import Reach
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
+from lightning_lwpm.staging.reentrant import not_reentrant
 from lightning_lwpm.staging.remote import Name, Remote, is_metadata, localise
 from lightning_lwpm.staging.tree import flatten, map_tensors, tensors, unflatten
 
@@ -147,10 +148,7 @@ class StagedStep(TorchFunctionMode):
     def apply(self, cls: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A user's ``autograd.Function`` between layers: torch's modes do not see it, so it comes here."""
         if cls is CheckpointFunction:
-            raise PipelineError(
-                "`torch.utils.checkpoint` with `use_reentrant=True` around layers that are cut into stages: pass "
-                "`use_reentrant=False`, which gives the same gradients"
-            )
+            return not_reentrant(*args)
         self.__exit__(None, None, None)
         try:
             return self._function(run, {type(tensor) for tensor in tensors((args, kwargs))}, args, kwargs)

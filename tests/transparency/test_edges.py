@@ -8,7 +8,6 @@ from harness import train_pipelined, train_single
 from models import WIDTH, Residual
 from pool import Pool, WorkerError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Two(nn.Module):
@@ -27,25 +26,6 @@ def test_surplus_ranks_stay_empty(pool: Pool) -> None:
     assert [result["stage"] for result in results] == [1, 0, None, None]
     assert not results[2]["weights"]
     compare(train_single(Two, classify, pairs(), 4), results)
-
-
-class Reentrant(nn.Module):
-    """Recomputes in the old way, which hides the step's graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=True)
-        return self.head(x)
-
-
-def test_reentrant_checkpoints_are_refused(pool: Pool) -> None:
-    with pytest.raises(WorkerError, match="pass `use_reentrant=False`"):
-        pool.run(2, train_pipelined, Reentrant, classify, pairs(), 2, timeout=40)
 
 
 class Penalised(Residual):
