@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.device_times import DeviceTimes
 from lightning_lwpm.pipeline.exchange import Item, exchanges
 from lightning_lwpm.pipeline.executor import Executor
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -14,7 +15,7 @@ from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.rendezvous import Message, channels
 from lightning_lwpm.pipeline.schedule import Action, Table, build, forward_only, place
 from lightning_lwpm.pipeline.shared import SharedGradients
-from lightning_lwpm.pipeline.times import Times
+from lightning_lwpm.pipeline.times import Record, Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.compiled import CompiledUnits
@@ -70,7 +71,7 @@ class Engine:
         self.last = layout.num_stages - 1 in self.stages
         mailbox.introduce(self.ranks)
         self.serial = serial
-        self.times = Times()
+        self.times = Times() if device.type == "cpu" else DeviceTimes(device)
         self.executor: Executor | None = None
         self.shared: SharedGradients | None = None
         self._tables: dict[tuple[bool, int], Table] = {}
@@ -133,12 +134,14 @@ class Engine:
         return self._run(batch, forward, None, fetch, kind)
 
     @property
-    def record(self) -> list[tuple[Action, float, float]] | None:
+    def record(self) -> Record | None:
         """Set it to a list to have every action of training added, with its begin and end: for a timeline's picture."""
+        if self.times.record is not None:
+            self.times.settle()
         return self.times.record
 
     @record.setter
-    def record(self, record: list[tuple[Action, float, float]] | None) -> None:
+    def record(self, record: Record | None) -> None:
         self.times.record = record
 
     @property

@@ -105,6 +105,7 @@ class Executor:
                     if self.at_last:
                         outputs[number] = out
                 elif kind == "W":
+                    self.times.ready()
                     self.deferral.weights((stage, number))
                 else:
                     part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
@@ -120,6 +121,7 @@ class Executor:
         number = item.microbatch
         self.at_last = stage == self.num_stages - 1
         if not self.exchanges:
+            self.times.ready()
             seed_python(self.seed, item.serial)
             whole = lambda _: forward(microbatch(stage, number), number)  # noqa: E731
             return self.recompute.run(whole, None, self.at_last) if item.grad else whole(None)
@@ -127,6 +129,7 @@ class Executor:
         if not item.grad:
             exchange.wait_for_room(2 * self.num_stages + 2)
         peers, last = exchange.open(item), self.at_last
+        self.times.ready()
         steps: list[StagedStep] = []
 
         def run(peers: Peers) -> Any:
@@ -159,10 +162,12 @@ class Executor:
         exchange = self.exchanges.get(stage)
         if stage == self.num_stages - 1:
             assert backward is not None
+            self.times.ready()
             backward(item.microbatch, outputs[item.microbatch])
         else:
             assert exchange is not None
             tensors, gradients = exchange.gradients(item)
+            self.times.ready()
             if tensors:
                 torch.autograd.backward(tensors, gradients)
             del tensors, gradients

@@ -1,7 +1,6 @@
 """What a rank measures of its own work: busy seconds of each action, waits left out.
 
-Seconds are those of the host. Copies into and out of messages count as work; on an accelerator they wait for the
-device, so that an action which sends or receives takes the device's time, and only the last stage's may lag behind.
+Seconds are those of the host; copies into and out of messages count as work. For accelerators see ``device_times``.
 """
 
 import statistics
@@ -9,7 +8,10 @@ from collections import defaultdict, deque
 
 from lightning_lwpm.pipeline.schedule import Action
 
-__all__ = ["Times"]
+__all__ = ["Record", "Times"]
+
+Record = list[tuple[Action, float, float]]
+"""Actions with their begin and end."""
 
 _KEPT = 64  # latest actions of each stage and kind
 
@@ -20,11 +22,21 @@ class Times:
     Attributes:
         record: If it is a list, every action of training is added to it with its begin and end
             (``time.perf_counter()``, seconds, waits included).
+        on_device: Whether these are the times of a device, which works while the host waits; then begin and end are
+            those of the work, without waits.
     """
 
+    on_device = False
+
     def __init__(self) -> None:
-        self.record: list[tuple[Action, float, float]] | None = None
+        self.record: Record | None = None
         self._seconds: dict[tuple[int, str], deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+
+    def ready(self) -> None:
+        """All that the next action needs from other ranks is there: it computes from now on."""
+
+    def settle(self) -> None:
+        """Wait until all that was done has been noted."""
 
     def add(self, action: Action, begin: float, end: float, waited: float) -> None:
         """Note an action.
@@ -35,9 +47,12 @@ class Times:
             end: When it ended.
             waited: Seconds of it spent waiting for other ranks.
         """
-        self._seconds[action.stage, action.kind].append(end - begin - waited)
-        if self.record is not None:
-            self.record.append((action, begin, end))
+        self._note(action, end - begin - waited, self.record, begin, end)
+
+    def _note(self, action: Action, seconds: float, record: Record | None, begin: float, end: float) -> None:
+        self._seconds[action.stage, action.kind].append(seconds)
+        if record is not None:
+            record.append((action, begin, end))
 
     def seconds(self, stage: int, kind: str) -> list[float]:
         """Busy seconds of the latest actions of a stage and kind ("F", "B", ...), oldest first."""

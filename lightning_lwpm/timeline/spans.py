@@ -123,8 +123,9 @@ def measured(
     others: Iterable[tuple[str, float, float]],
     waits: Iterable[tuple[str, float, float]],
     batch: int = 0,
+    on_device: bool = False,
 ) -> list[Span]:
-    """The spans of one rank in one batch, in order.
+    """The spans of one rank in one batch, in order. While one computes, it does not wait.
 
     Args:
         rank: The rank.
@@ -132,16 +133,24 @@ def measured(
         others: Other stretches of time, by kind: ``("optimizer", begin, end)``.
         waits: What its main thread waited for, with begin and end: ``Mailbox.waits``.
         batch: Number of the batch.
+        on_device: Whether a device computed, which goes on while the main thread waits: what it did is no wait then.
     """
     pauses = sorted((begin, end, what) for what, begin, end in waits)
     whole = [Span(rank, str(a), a.kind, a.stage, a.microbatch, begin, end, "", batch) for a, begin, end in actions]
     whole += [Span(rank, kind, kind, -1, -1, begin, end, "", batch) for kind, begin, end in others]
-    begins, ends = [begin for begin, _, _ in pauses], [end for _, end, _ in pauses]
-    spans = [piece for span in whole for piece in _without(span, begins, ends)]
+    idle = []
     for begin, end, what in pauses:
         stage, microbatch = _number("stage", what), _number("micro-batch", what)
-        spans.append(Span(rank, reason(what), "wait", stage, microbatch, begin, end, what, batch))
+        idle.append(Span(rank, reason(what), "wait", stage, microbatch, begin, end, what, batch))
+    spans = whole + _outside(idle, whole) if on_device else _outside(whole, idle) + idle
     return sorted(spans, key=lambda span: span.begin)
+
+
+def _outside(spans: Iterable[Span], others: Iterable[Span]) -> list[Span]:
+    """The pieces of spans that lie in none of others, which do not overlap."""
+    others = sorted(others, key=lambda span: span.begin)
+    begins, ends = [span.begin for span in others], [span.end for span in others]
+    return [piece for span in spans for piece in _without(span, begins, ends)]
 
 
 def _without(span: Span, begins: Sequence[float], ends: Sequence[float]) -> list[Span]:

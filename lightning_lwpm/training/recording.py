@@ -142,7 +142,7 @@ class Recorder(Callback):
             others.append(("data", self._ended, self._begun))
         if actions:
             others.append(("optimizer", actions[-1][2], now))
-        return measured(self.mailbox.rank, actions, others, waits, batch_idx)
+        return measured(self.mailbox.rank, actions, others, waits, batch_idx, self.engine.times.on_device)
 
     # -- the timeline --------------------------------------------------------------------------------------------
 
