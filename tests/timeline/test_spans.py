@@ -111,3 +111,10 @@ def test_the_longest_piece_stands_for_an_action():
 )
 def test_reasons(what, name):
     assert reason(what) == name
+
+
+def test_a_device_works_while_the_host_waits() -> None:
+    actions = [(Action("F", 0, 0), 1.0, 3.0), (Action("F", 0, 1), 4.0, 6.0)]
+    waits = [("the gradient of micro-batch 0 from stage 1 (rank 0)", 2.0, 5.0)]
+    spans = measured(1, actions, [], waits, 0, on_device=True)
+    assert [(span.kind, span.begin, span.end) for span in spans] == [("F", 1, 3), ("wait", 3, 4), ("F", 4, 6)]
