@@ -18,17 +18,21 @@ import torch
 from character_model import Text, loss, stages, validate
 from emulation import Emulation
 
+from lightning_lwpm.pipeline.asynchronous.combined import Combined
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
-from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, correction
+from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, DEFAULT, correction
 
 KEY = ("correction", "stages", "microbatches", "steps", "exact_steps", "clip", "init", "seed")
 
 
 def chosen(text: str) -> functools.partial[Correction]:
-    """The correction of ``name`` or ``name:option=number,...``."""
-    name, _, options = text.partition(":")
-    pairs = (option.split("=") for option in options.split(",") if option)
-    return functools.partial(correction(name), **{key: float(value) for key, value in pairs})
+    """The correction of ``name`` or ``name:option=number,...``, or several joined by ``+``."""
+    kinds = []
+    for part in text.split("+"):
+        name, _, options = part.partition(":")
+        pairs = (option.split("=") for option in options.split(",") if option)
+        kinds.append(functools.partial(correction(name), **{key: float(value) for key, value in pairs}))
+    return kinds[0] if len(kinds) == 1 else functools.partial(Combined, kinds=kinds)
 
 
 def train(text: Text, run: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +78,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--stages", type=int, nargs="+", default=[8])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8])
-    parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS), help="name or name:option=number,...")
+    parser.add_argument(
+        "--corrections",
+        nargs="+",
+        default=[*CORRECTIONS, DEFAULT],
+        help="name or name:option=number,..., several joined by +",
+    )
     parser.add_argument("--exact-steps", type=int, default=0, help="exact steps at the start")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of each stage's gradient")
     parser.add_argument("--init", choices=["torch", "gpt"], default="torch", help="initial weights")

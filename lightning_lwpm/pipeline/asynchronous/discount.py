@@ -13,11 +13,10 @@ __all__ = ["Discount"]
 
 
 class Discount(Correction):
-    """Divide the learning rate by (1 + mean delay)^p, where p falls from 1 to 0 over the first ``steps`` steps.
+    """Divide the learning rate by max(1, mean delay)^p, where p falls from 1 to 0 over the first ``steps`` steps.
 
     Formula: learning rate rescheduling, T1 of PipeMare (Yang et al., MLSys 2021, as AsyncPP has it), whose divisor is
-    the delay itself; one is added here so that a delay below one step makes no step larger. Any optimizer. Memory:
-    none.
+    the delay itself; here a delay below one step makes no step larger. Any optimizer. Memory: none.
 
     Args:
         optimizer: The stage's optimizer.
@@ -31,14 +30,15 @@ class Discount(Correction):
     def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor], delay: Delay, steps: float = 1000) -> None:
         super().__init__(optimizer, parameters, delay)
         self.steps = steps
+        self.divisor = max(1.0, delay.mean)
         self._done = 0
         self._rates: list[float | Tensor] = []
 
     @override
     def before_step(self) -> None:
-        if not self.delay.ahead:
+        if self.divisor == 1:
             return
-        factor = (1 + self.delay.mean) ** -max(0.0, 1 - self._done / self.steps)
+        factor = self.divisor ** -max(0.0, 1 - self._done / self.steps)
         self._done += 1
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:

@@ -1,9 +1,11 @@
 """Corrections by the name that users write."""
 
+import functools
 from collections.abc import Callable
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.asynchronous.anticipation import Anticipation
+from lightning_lwpm.pipeline.asynchronous.combined import Combined
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.discount import Discount
 from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
@@ -12,7 +14,7 @@ from lightning_lwpm.pipeline.asynchronous.momentum import Momentum
 from lightning_lwpm.pipeline.asynchronous.prediction import Prediction
 from lightning_lwpm.pipeline.asynchronous.stash import Stash
 
-__all__ = ["CORRECTIONS", "correction"]
+__all__ = ["CORRECTIONS", "DEFAULT", "correction"]
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {
     kind.name: kind
@@ -20,15 +22,22 @@ CORRECTIONS: dict[str, Callable[..., Correction]] = {
 }
 """All corrections by name; each is called with (optimizer, parameters, delay)."""
 
+DEFAULT = "look_ahead+discount"
+"""What measurements show best (see ``examples/benchmarks/asynchronous``)."""
+
 
 def correction(name: str) -> Callable[..., Correction]:
-    """The correction of that name.
+    """The correction of that name, or several in one, ``"look_ahead+discount"``.
 
     Raises:
         ConfigurationError: There is none.
     """
-    if name not in CORRECTIONS:
-        raise ConfigurationError(
-            f"staleness_correction={name!r} is not known; choose one of {', '.join(map(repr, CORRECTIONS))}."
-        )
-    return CORRECTIONS[name]
+    kinds = []
+    for part in name.split("+"):
+        if part not in CORRECTIONS:
+            raise ConfigurationError(
+                f"staleness_correction={name!r} is not known; choose one of {', '.join(map(repr, CORRECTIONS))}, or "
+                f"several joined by '+', such as {DEFAULT!r}."
+            )
+        kinds.append(CORRECTIONS[part])
+    return kinds[0] if len(kinds) == 1 else functools.partial(Combined, kinds=kinds)
