@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
-__all__ = ["TorchRandom", "python_random", "seed_python"]
+__all__ = ["TorchRandom", "python_random", "python_state", "seed_python"]
 
 
 def seed_python(seed: int, serial: int) -> None:
@@ -24,17 +25,33 @@ def seed_python(seed: int, serial: int) -> None:
         numpy.random.seed(mixed)
 
 
-@contextmanager
-def python_random() -> Iterator[None]:
-    """The time of a batch: Python's and NumPy's generators are put back afterwards as they were."""
+def python_state() -> Any:
+    """Where Python's and NumPy's generators are, for :func:`python_random`."""
     numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    return random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def _put(state: Any) -> None:
+    python, numpy = state
+    random.setstate(python)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
+
+
+@contextmanager
+def python_random(state: Any = None) -> Iterator[None]:
+    """Put Python's and NumPy's generators back afterwards as they were.
+
+    Args:
+        state: Where they are to be meanwhile, from :func:`python_state`; by default they go on.
+    """
+    before = python_state()
+    if state is not None:
+        _put(state)
     try:
         yield
     finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        _put(before)
 
 
 class TorchRandom:

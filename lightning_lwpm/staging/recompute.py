@@ -13,6 +13,7 @@ numbers, finds modules as they were at its first run, and leaves them as they ar
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.randomness import python_random, python_state
 from lightning_lwpm.staging.record import Record, version
 from lightning_lwpm.staging.remote import Name, Remote
 from lightning_lwpm.staging.tree import flatten, map_tensors
@@ -149,11 +151,13 @@ def again(
     kept = map_tensors(lambda tensor: tensor, (args, kwargs or {}))  # containers that the call may change
     calls = 0
 
-    def call() -> Any:
+    def call(_: Tensor) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
-            return function(*args, **(kwargs or {}))
+            out = function(*args, **(kwargs or {}))
+            found.let_go()
+            return out
         if versions != [version(tensor) for tensor in taken]:
             raise PipelineError(
                 "a tensor that goes into a layer was changed in place, so the layer cannot be computed again: leave "
@@ -161,12 +165,38 @@ def again(
             )
         return function(*kept[0], **kept[1])
 
+    where = torch.empty(0, device=_device(modules))  # tells whose random numbers and precision are to be put back
     with set_checkpoint_early_stop(not to_its_end):
-        return checkpoint(call, use_reentrant=False, context_fn=lambda: (nullcontext(), found.back()))
+        return checkpoint(call, where, use_reentrant=False, context_fn=lambda: (nullcontext(), found.back()))
+
+
+def _device(modules: Sequence[nn.Module]) -> torch.device:
+    parameters = (p for module in modules for p in module._parameters.values() if p is not None)
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+@dataclass
+class _Buffer:
+    """A buffer as it was."""
+
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
+
+    def again(self) -> Tensor:
+        """One like it, which may be changed."""
+        if self.copy is not None:
+            return self.copy.clone()
+        if version(self.tensor) != self.version:
+            raise PipelineError(
+                f"a buffer {tuple(self.tensor.shape)} of a layer was changed after a call that left it as it was, "
+                'so the layer cannot be computed again: leave activation_checkpointing at "none"'
+            )
+        return self.tensor
 
 
 class _State:
-    """Modules as they are now, but for parameters.
+    """Modules as they are now, but for parameters, and the generators of Python and NumPy.
 
     Args:
         modules: The modules.
@@ -174,27 +204,38 @@ class _State:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
-        self.copies = [
-            {key: buffer.detach().clone() if buffer is not None else None for key, buffer in m._buffers.items()}
-            for m in modules
+        self.buffers = [
+            {k: _Buffer(b, version(b), b.detach().clone()) for k, b in module._buffers.items() if b is not None}
+            for module in modules
         ]
         self.attributes = [_attributes(module) for module in modules]
+        self.random = python_state()
+
+    def let_go(self) -> None:
+        """Let go of the copies of what has not been changed since: most buffers are constants."""
+        for buffers in self.buffers:
+            if "running_mean" in buffers:  # torch changes running statistics without counting it as a change
+                continue
+            for buffer in buffers.values():
+                if version(buffer.tensor) == buffer.version:
+                    buffer.copy = None
 
     @contextmanager
     def back(self) -> Iterator[None]:
         """The modules as they were; afterwards they are as before."""
         now = [_attributes(module) for module in self.modules]
-        buffers = [dict(module._buffers) for module in self.modules]
-        for module, copies, attributes in zip(self.modules, self.copies, self.attributes, strict=True):
-            # by replacement: whatever holds the buffers themselves sees no change
-            module._buffers.update({key: copy.clone() if copy is not None else None for key, copy in copies.items()})
-            _put(module, attributes)
-        try:
-            yield
-        finally:
-            for module, held, attributes in zip(self.modules, buffers, now, strict=True):
-                module._buffers.update(held)
-                _put(module, attributes)
+        held = [dict(module._buffers) for module in self.modules]
+        with python_random(self.random):
+            try:
+                for module, buffers, attributes in zip(self.modules, self.buffers, self.attributes, strict=True):
+                    # by replacement: whatever holds the buffers themselves sees no change
+                    module._buffers.update({key: buffer.again() for key, buffer in buffers.items()})
+                    _put(module, attributes)
+                yield
+            finally:
+                for module, before, attributes in zip(self.modules, held, now, strict=True):
+                    module._buffers.update(before)
+                    _put(module, attributes)
 
 
 Attributes = dict[str, tuple[Any, Any]]
