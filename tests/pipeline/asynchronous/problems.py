@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
-from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS
+from lightning_lwpm.pipeline.asynchronous.registry import correction
 
 WIDTH, SAMPLES = 5, 8
 
@@ -23,7 +23,7 @@ def one(name, delay, optimizer="adamw", **options):
     torch.manual_seed(0)
     layer = nn.Linear(WIDTH, WIDTH)
     trainer = OPTIMIZERS[optimizer](layer.parameters())
-    return layer, trainer, CORRECTIONS[name](trainer, layer.parameters(), delay, **options)
+    return layer, trainer, correction(name)(trainer, layer.parameters(), delay, **options)
 
 
 def step(layer, optimizer, correction=None, seed=0):
@@ -58,8 +58,8 @@ def stages(make, p, m, name, optimizer="adamw", lr=None):
         for group in trainer.param_groups:
             group["lr"] = group["lr"] if lr is None else lr
         delay = Delay(k, p, m)
-        correction = CORRECTIONS[name](trainer, module.parameters(), delay)
-        made.append(make(module, trainer, LambdaLR(trainer, lambda step: 0.9**step), correction, delay))
+        correct = correction(name)(trainer, module.parameters(), delay)
+        made.append(make(module, trainer, LambdaLR(trainer, lambda step: 0.9**step), correct, delay))
     return made
 
 

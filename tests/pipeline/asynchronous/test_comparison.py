@@ -16,6 +16,7 @@ from compare import chosen
 
 from examples.models.gpt import GPT
 from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
+from lightning_lwpm.pipeline.asynchronous.stash import Stash
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
@@ -36,6 +37,8 @@ def test_targets_are_the_next_characters():
 def test_options_of_a_correction():
     made = chosen("error_feedback:limit=2,strength=0.5")
     assert (made.func, made.keywords) == (ErrorFeedback, {"limit": 2.0, "strength": 0.5})
+    both = chosen("error_feedback:limit=2,strength=0.5+stash").keywords["kinds"]
+    assert (both[0].keywords, both[1].func) == (made.keywords, Stash)
 
 
 def test_a_comparison_goes_on_where_it_was_cut(tmp_path):

@@ -10,21 +10,23 @@ from torch.nn import functional as F
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
 from lightning_lwpm.pipeline.asynchronous.in_place import writable
-from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, correction
+from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, DEFAULT, correction
 
 LATE = Delay(0, 4, 4)
 """Three quarters of a step on average, one at most."""
 
+NAMES = [*CORRECTIONS, DEFAULT, "prediction+stash"]
+
 TAKES = {
     name: [o for o in OPTIMIZERS if name not in ("momentum", "anticipation") or o in ("momentum", "adamw")]
-    for name in CORRECTIONS
+    for name in NAMES
 }
 PAIRS = [(name, optimizer) for name, optimizers in TAKES.items() for optimizer in optimizers]
 
 
 @pytest.mark.parametrize(("name", "optimizer"), PAIRS)
 def test_nothing_changes_where_no_gradient_is_late(name, optimizer):
-    alone = name == "look_ahead"  # which does something at all stages if there are several
+    alone = "look_ahead" in name  # which does something at all stages if there are several
     layer, trainer, correct = one(name, Delay(0, 1, 4) if alone else Delay(3, 4, 4), optimizer)
     plain, other, _ = one("none", LATE, optimizer)
     for seed in range(5):
@@ -132,11 +134,11 @@ def test_momentum_says_which_optimizers_it_takes(optimizer):
 
 
 def test_discount_divides_the_learning_rate_for_a_while():
-    layer, trainer, correct = one("discount", LATE, "sgd", steps=4)
+    layer, trainer, correct = one("discount", Delay(0, 4, 2), "sgd", steps=4)
     for seed in range(6):
         before = weights(layer)
         step(layer, trainer, correct, seed)
-        rate = 0.1 / 1.75 ** max(0, 1 - seed / 4)
+        rate = 0.1 / 1.5 ** max(0, 1 - seed / 4)
         expected = [w - rate * p.grad for w, p in zip(before, layer.parameters(), strict=True)]
         torch.testing.assert_close(weights(layer), expected)
         assert trainer.param_groups[0]["lr"] == 0.1
@@ -163,14 +165,14 @@ def test_stash_gives_the_gradient_at_the_weights_of_the_forward_pass(crossed):
     assert same(weights(layer), now)
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("delay", [LATE, Delay(0, 4, 1), Delay(3, 4, 1)])
 def test_memory_is_what_is_stated(name, delay):
     layer, trainer, correct = one(name, delay)
     for seed in range(5):
         step(layer, trainer, correct, seed)
     kept = sum(tensor.nbytes for tensor in correct.kept())
-    stated = correct.copies if delay.ahead or name == "look_ahead" else 0
+    stated = correct.copies if delay.ahead or "look_ahead" in name else 0
     assert kept == stated * sum(weight.nbytes for weight in layer.parameters())
 
 
@@ -198,7 +200,7 @@ def test_a_run_continues_from_saved_state(name, optimizer):
         assert same(weights(again), weights(layer))
 
 
-@pytest.mark.parametrize("name", ["error_feedback", "look_ahead", "momentum"])
+@pytest.mark.parametrize("name", ["error_feedback", DEFAULT, "momentum"])
 def test_nothing_runs_ahead_while_training_is_exact(name):
     layer, trainer, correct = one(name, LATE)
     step(layer, trainer, correct)
@@ -256,3 +258,18 @@ def test_anticipation_without_a_gradient_repeats_the_last_update(optimizer):
     trainer.zero_grad()
     with correct.forward(1):
         torch.testing.assert_close(weights(layer), expected)
+
+
+def test_corrections_in_one():
+    """As error feedback with smaller steps is error feedback whose optimizer has the smaller learning rate."""
+    late = Delay(0, 4, 2)
+    layer, trainer, correct = one("error_feedback+discount", late, "sgd")
+    other_layer, other_trainer, other = one("error_feedback", late, "sgd")
+    for group in other_trainer.param_groups:
+        group["lr"] /= 1.5
+    correct.parts[1].steps = float("inf")
+    for seed in range(4):
+        step(layer, trainer, correct, seed)
+        step(other_layer, other_trainer, other, seed)
+        torch.testing.assert_close(weights(layer), weights(other_layer))
+    assert (correct.name, correct.copies) == ("error_feedback+discount", 1)

@@ -9,7 +9,7 @@ from order import train
 from problems import batches, same, stages, weights
 from torch.nn import functional as F
 
-from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS
+from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, DEFAULT
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples/benchmarks/asynchronous"))
 
@@ -21,7 +21,7 @@ def final(parts):
     return [weight for stage in parts for weight in weights(stage.module)]
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", [*CORRECTIONS, DEFAULT])
 @pytest.mark.parametrize(("p", "m"), [(1, 2), (2, 1), (3, 2), (4, 4), (4, 1), (3, 8)])
 def test_emulation_equals_1f1b_action_by_action(name, p, m):
     mine, expected = stages(Stage, p, m, name), stages(Stage, p, m, name)
@@ -38,7 +38,7 @@ def test_what_is_computed_at_once_is_what_is_computed_apart(name):
     torch.testing.assert_close(final(at_once), final(apart), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("name", [*CORRECTIONS, DEFAULT])
 def test_gradients_are_exact_while_weights_stand_still(name):
     p, m = 3, 2
     parts = stages(Stage, p, m, name, lr=0.0)
