@@ -86,6 +86,7 @@ class Engine:
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
             self.shared = SharedGradients(mailbox, transport, root, layout, self.ranks)
         self._compiled = CompiledUnits(root, [module for _, module in units])
+        self._recompute = Recompute(activation_checkpointing, root, [unit for unit, _ in units], layout.num_stages - 1)
         # from here on every rank answers for this engine's stages, and nobody asks those of an engine before
         seed = mailbox.gather("engine", torch.initial_seed(), "all ranks to begin")[0] + serial
         if self.stages:
@@ -100,7 +101,7 @@ class Engine:
                 device,
                 seed,
                 self.times,
-                Recompute(activation_checkpointing, root, [unit.name for unit, _ in units] if units else None),
+                self._recompute,
             )
 
     def train(
@@ -211,14 +212,17 @@ class Engine:
             for i in range(count)
         ]
 
+        # the latest stage of a rank may change the batch itself, unless it needs it once more as it was
+        public = () if self._recompute.stages and not self.last else self.stages[-1:]
+
         def microbatch(stage: int, i: int) -> Any:
-            return batch.microbatch(i, self.device, executor.step, private=stage != self.stages[-1])
+            return batch.microbatch(i, self.device, executor.step, private=stage not in public)
 
         done = (lambda i, out: backward(out, i)) if backward is not None else None
         training = backward is not None
         row = self.row(count, training)
         self._postings.begin(row, self._received(count, training), items)
-        with self._versions.batch(), self._compiled.batch():
+        with self._versions.batch(), self._compiled.batch(), self._recompute.batch():
             outputs = executor.run(row, items, microbatch, forward, done)
         if backward is not None and self.shared is not None:
             with executor.guarded(lambda: "the sum of shared gradients"):

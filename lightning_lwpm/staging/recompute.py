@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import python_random, python_state
 from lightning_lwpm.staging.record import Record, version
 from lightning_lwpm.staging.remote import Name, Remote
@@ -37,30 +38,54 @@ _LEFT_ALONE = NOT_STATE | {"forward"}  # which whoever runs a step puts there fo
 class Recompute:
     """What a rank computes again.
 
+    The last stage goes by layers in any case: what it logs and measures is no part of the model.
+
     Args:
         mode: One of ``MODES``.
         root: The model.
-        within: The modules of which each lies in one stage as a whole; by default the whole model does.
+        units: The units; none where the whole model is one stage.
+        last: The last stage.
+
+    Attributes:
+        stages: Whether stages other than the last one run their whole part of the step again.
     """
 
-    def __init__(self, mode: str, root: nn.Module, within: Iterable[str] | None = None) -> None:
-        self.mode, self.modules = mode, list(root.modules())
-        self.layers = list(map(_Again, layers_of(root, within))) if mode != "none" else []
+    def __init__(self, mode: str, root: nn.Module, units: Sequence[Unit] = (), last: int = 0) -> None:
+        self.stages, self.modules = mode == "stage", list(root.modules())
+        names = [unit.name for unit in units if not self.stages or last in unit.stages] if units else None
+        self.layers = list(map(_Again, layers_of(root, names))) if mode != "none" else []
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """The time of a batch, in which calls of layers keep only what goes into them.
+
+        Where the user's own checkpoint calls a layer again in a backward pass, it is called as it was the first time.
+        """
+        absent = object()
+        before = [(stand_in.layer, vars(stand_in.layer).get("forward", absent)) for stand_in in self.layers]
+        for stand_in in self.layers:
+            stand_in.forward = stand_in.layer.forward
+            vars(stand_in.layer)["forward"] = stand_in
+        try:
+            yield
+        finally:
+            for layer, forward in before:
+                if forward is absent:
+                    del vars(layer)["forward"]
+                else:
+                    vars(layer)["forward"] = forward
 
     def run(self, step: Callable[[Any], Any], peers: Any, last: bool) -> Any:
         """Run a stage's part of a step with a backward pass to come.
-
-        The last stage is computed again by layers in any case: what it logs and measures is no part of the model.
 
         Args:
             step: Runs it, asking the peers that it is given.
             peers: Answers for the earlier stages.
             last: Whether it is the last stage.
         """
-        if self.mode == "stage" and not last:
+        if self.stages and not last:
             return again(lambda: step(_Pristine(peers)), self.modules, to_its_end=True)
-        with _layers_recomputed(self.layers) if self.layers else nullcontext():
-            return step(peers)
+        return step(peers)
 
 
 def layers_of(root: nn.Module, within: Iterable[str] | None = None) -> list[nn.Module]:
@@ -92,24 +117,6 @@ def _composite(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-@contextmanager
-def _layers_recomputed(layers: Sequence["_Again"]) -> Iterator[None]:
-    """Let calls of layers within the block keep only what goes into them."""
-    absent = object()
-    before = [(stand_in.layer, stand_in.layer.__dict__.get("forward", absent)) for stand_in in layers]
-    for stand_in in layers:
-        stand_in.forward = stand_in.layer.forward
-        stand_in.layer.__dict__["forward"] = stand_in
-    try:
-        yield
-    finally:
-        for layer, forward in before:
-            if forward is absent:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
-
-
 class _Again:
     """Stands in for a layer's ``forward``: always the same object, or a compiler would begin anew each time."""
 
@@ -119,6 +126,8 @@ class _Again:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler sees to side effects itself
             return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
         return again(self.forward, list(self.layer.modules()), args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
