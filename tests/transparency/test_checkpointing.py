@@ -1,12 +1,14 @@
 """Activations that are computed again: the same numbers, and side effects once."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, pairs
 from compare import compare
 from harness import train_pipelined, train_single
+from models import Residual
 from pool import Pool, WorkerError
 from test_transparency import adamw, sgd
 from torch import nn
@@ -28,6 +30,7 @@ DIFFICULT = [
     "tied weights",
     "in place",
     "mixture of experts",
+    "checkpointed",
     "late inputs",
     "siamese",
     "hooks on gradients",
@@ -55,6 +58,20 @@ def test_equals_one_device(pool: Pool, name: str, mode: str, placement: list[int
 def test_what_was_changed_in_place_cannot_be_computed_again(pool: Pool, mode: str) -> None:
     with pytest.raises(WorkerError, match=r"was changed in place.*write `x = x \+ y`"):
         check(pool, CASES["in place, inputs of units"], [1, 0], 4, "gpipe", mode)
+
+
+def centred(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Changes the batch itself."""
+    x, y = batch
+    x -= x.mean() * 0.5
+    return nn.functional.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("mode", ["layer", "stage"])
+def test_a_batch_that_is_changed_in_place_is_changed_once(pool: Pool, mode: str) -> None:
+    expected = train_single(Residual, centred, pairs(), 4)
+    run = partial(train_pipelined, checkpointing=mode)
+    compare(expected, pool.run(2, run, Residual, centred, pairs(), 4, "gpipe"))
 
 
 class Blocks(nn.Module):

@@ -111,6 +111,17 @@ def test_other_schedules(pool: Pool, schedule: str) -> None:
     compare(expected, pool.run(2, train_pipelined, build, classify, pairs(), 4, schedule))
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "zb1p"])
+@pytest.mark.parametrize("mode", ["layer", "stage"])
+@pytest.mark.parametrize("model", [Around, Inside])
+def test_beside_the_option(pool: Pool, model: type[nn.Module], mode: str, schedule: str) -> None:
+    """What the user computes again lies within what the option computes again, or around it."""
+    build: Any = partial(model, False)
+    expected = train_single(build, classify, pairs(), 4)
+    pipelined = partial(train_pipelined, checkpointing=mode)
+    compare(expected, pool.run(2, pipelined, build, classify, pairs(), 4, schedule))
+
+
 MODELS = {
     "gpt2": gpt2(),
     "llama": partial(transformer, "LlamaForCausalLM", "LlamaConfig", **LLAMA),
