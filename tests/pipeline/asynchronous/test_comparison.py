@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples/benchmarks/asynchronous"))
 
-import compare
+import corrections
 from character_model import Text, stages
-from compare import chosen
+from corrections import chosen
 
 from examples.models.gpt import GPT
 from lightning_lwpm.pipeline.asynchronous.error_feedback import ErrorFeedback
@@ -43,7 +43,7 @@ def test_options_of_a_correction():
 
 def test_a_comparison_goes_on_where_it_was_cut(tmp_path):
     out = tmp_path / "losses.json"
-    command = [sys.executable, compare.__file__, "--out", str(out), "--steps", "1", "--stages", "2"]
+    command = [sys.executable, corrections.__file__, "--out", str(out), "--steps", "1", "--stages", "2"]
     subprocess.run([*command, "--corrections", "none"], check=True)
     first = json.loads(out.read_text())
     assert [run["correction"] for run in first] == ["exact", "none"]

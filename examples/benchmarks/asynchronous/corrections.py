@@ -1,7 +1,7 @@
 """Validation loss of a character language model trained without flushes, by correction, stages and micro-batches.
 
-    python examples/benchmarks/asynchronous/compare.py --out losses.json --steps 300 --stages 8 --microbatches 8 2
-    python examples/benchmarks/asynchronous/compare.py --out losses.json --table      # what is there, nothing new
+    python examples/benchmarks/asynchronous/corrections.py --out losses.json --steps 300 --stages 8 --microbatches 8 2
+    python examples/benchmarks/asynchronous/corrections.py --out losses.json --table      # what is there, nothing new
 
 One thread, one run after another; each finished run is added to the file at once, and what is there is not run
 again, so that a long comparison can be cut and continued. "exact" is training on one device.
