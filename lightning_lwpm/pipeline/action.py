@@ -5,11 +5,11 @@
     2F3  forward       needs 1F3                 2I3  gradient of the input   needs 2F3 and 3I3
     2B3  backward      needs 2F3 and 3B3         2W3  gradient of the weights needs 2I3
 
-A schedule has B, or I and W in its place.
+A micro-batch's backward pass in a stage is B, or I and W in its place.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from lightning_lwpm.errors import ConfigurationError
@@ -63,11 +63,17 @@ def delay(latency: Latency, source: Action) -> float:
     return latency(source) if callable(latency) else latency
 
 
-def dependencies(action: Action, num_stages: int) -> list[Action]:
+def dependencies(action: Action, num_stages: int, present: Container[Action] = ()) -> list[Action]:
     """Return the actions whose end an action waits for, in the order of the flow of data.
 
     ``F(s, m)`` waits for ``F(s-1, m)``; ``B(s, m)`` for ``F(s, m)`` and ``B(s+1, m)``, and ``I`` likewise for ``F``
     and ``I``; ``W(s, m)`` for ``I(s, m)``.
+
+    Args:
+        action: What waits.
+        num_stages: Number of stages.
+        present: The actions of a table that has both whole and split backward passes: what B or I waits for is then
+            whichever of the two the next stage has.
     """
     kind, stage, microbatch = action
     if kind == "F":
@@ -75,4 +81,10 @@ def dependencies(action: Action, num_stages: int) -> list[Action]:
     if kind == "W":
         return [Action("I", stage, microbatch)]
     own = [Action("F", stage, microbatch)]
-    return [*own, Action(kind, stage + 1, microbatch)] if stage < num_stages - 1 else own
+    return [*own, present_one(Action(kind, stage + 1, microbatch), present)] if stage < num_stages - 1 else own
+
+
+def present_one(action: Action, present: Container[Action]) -> Action:
+    """Return ``action``, or the other one of B and I (which pass on the same gradient) if only that one is present."""
+    other = action._replace(kind={"B": "I", "I": "B"}.get(action.kind, action.kind))
+    return other if action not in present and other in present else action

@@ -6,9 +6,14 @@ from dataclasses import dataclass, replace
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.action import Costs, Latency, Table, unit
-from lightning_lwpm.pipeline.policies import GPIPE, POLICIES, ZB1P, Caps, Pipeline, Policy, unlimited
-from lightning_lwpm.pipeline.scheduler import list_schedule
+from lightning_lwpm.pipeline.policies import GPIPE, POLICIES, ZB1P, ZBV, Caps, Pipeline, Policy, unlimited
+from lightning_lwpm.pipeline.scheduler import list_schedule, without_needless
 from lightning_lwpm.pipeline.simulate import kept_by_ranks, simulate
+
+_SPLIT_LAST = (1, 2, 3, 4, 6, 8, 12, 16)
+
+LATE = replace(ZB1P, name="late", prefer=("I", "F", "W"))
+"""As ``zb1p``, but gradients first: where few passes are split, W alone does not fill what waiting for them leaves."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ def best_table(
     """Make every candidate, and return the one that fits the memory and takes least; of equals, what keeps least.
 
     Candidates are all of ``POLICIES``, made for the given costs and for unit costs, with deeper warm-ups where a
-    latency has to be hidden, and with shallower ones down to one micro-batch a stage where memory is short. So the
-    table is never longer than that of a schedule that has a name.
+    latency has to be hidden, with shallower ones down to one micro-batch a stage where memory is short, and with
+    backward passes split at the end only: elsewhere it does not pay, as a pass takes longer in two parts. So the table
+    is never longer than that of a schedule that has a name.
 
     Args:
         placement: The rank of each stage.
@@ -69,8 +75,10 @@ def best_table(
     found: list[tuple[float, float, Table]] = []
     table: Table = []
     for policy in _candidates(num_microbatches, split):
-        for seconds, link in ((costs, latency), (unit, 0.0)):
-            table = list_schedule(policy, len(placement), num_microbatches, placement, seconds, link)
+        # what splits late is made for its costs only
+        for seconds, link in ((costs, latency), (unit, 0.0))[: 2 if math.isinf(policy.split_last) else 1]:
+            made = list_schedule(policy, len(placement), num_microbatches, placement, seconds, link)
+            table = without_needless(made)
             kept = kept_by_ranks(table, weights)
             if all(amount <= limit for amount, limit in zip(kept, limits, strict=True)):
                 found.append((simulate(table, placement, costs, latency).makespan, max(kept), table))
@@ -88,6 +96,10 @@ def _candidates(num_microbatches: int, split: bool) -> Iterator[Policy]:
         yield policy
         if policy.caps is not unlimited:
             yield from (replace(policy, caps=_deeper(policy.caps, extra)) for extra in depths)
+    for policy in (LATE, ZBV) if split else ():
+        free = replace(policy, caps=unlimited, in_order=False)
+        for base in (policy, *(replace(policy, caps=_deeper(policy.caps, extra)) for extra in depths[::2]), free):
+            yield from (replace(base, split_last=last) for last in _SPLIT_LAST if last <= num_microbatches)
     for base in (ZB1P, GPIPE) if split else (GPIPE,):
         for depth in reversed(depths):
             yield Policy(f"at most {depth}", base.prefer, _at_most(depth, "I" in base.prefer))

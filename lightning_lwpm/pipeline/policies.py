@@ -91,6 +91,9 @@ class Policy:
             round through each stage; otherwise one micro-batch.
         in_order: Whether a rank keeps to that order among actions of one kind, also where a later one is ready. Caps
             of a rank need it (see the note in ``scheduler``).
+        weights_at_once: Whether W comes first as long as the rank has forward passes to do. What has a fixed turn
+            is in time whatever the costs; a W that fills a gap of unit costs makes others wait if costs are uneven.
+        split_last: Of how many of the last micro-batches the backward pass is split, if the schedule splits any.
         style: How stages are placed where nobody says it: ``"line"`` one stage a rank, ``"loop"``, or ``"v"``.
     """
 
@@ -99,13 +102,24 @@ class Policy:
     caps: Callable[[Pipeline], Caps] = unlimited
     rounds: bool = False
     in_order: bool = False
+    weights_at_once: bool = False
+    split_last: float = math.inf
     style: str = "line"
 
-    def priority(self, action: Action, pipeline: Pipeline) -> tuple[int, int, int, int]:
-        """Return a number that is least for the best action: by kind, round, stage, micro-batch."""
+    def priority(self, action: Action, pipeline: Pipeline, forwards: bool = True) -> tuple[int, int, int, int]:
+        """Return a number that is least for the best action: by kind, round, stage, micro-batch.
+
+        Args:
+            action: What might be done.
+            pipeline: What the schedule is made for.
+            forwards: Whether the rank has forward passes to do.
+        """
         kind, stage, microbatch = action
         turn = microbatch * pipeline.num_rounds // pipeline.num_microbatches if self.rounds else microbatch
-        return self.prefer.index(kind), turn, stage if kind == "F" else -stage, microbatch
+        if kind == "B" and "I" in self.prefer:
+            kind = "I"
+        first = -1 if kind == "W" and self.weights_at_once and forwards else self.prefer.index(kind)
+        return first, turn, stage if kind == "F" else -stage, microbatch
 
 
 def to_the_end(pipeline: Pipeline) -> Caps:
@@ -176,9 +190,10 @@ ONE_F_ONE_B = Policy("1f1b", prefer=("B", "F"), caps=to_the_end)
 INTERLEAVED = Policy("interleaved_1f1b", ("F", "B"), looped, rounds=True, in_order=True, style="loop")
 
 # zb1p (ZB-H1: Qi et al., arXiv 2401.10241): gradients of weights fill what 1f1b leaves idle. No rank keeps more
-# activations than the first stage of 1f1b. Three ranks, one stage each, four micro-batches:
+# activations than the first stage of 1f1b. Stage 0 passes nothing back, and splits only what it defers. Three ranks,
+# one stage each, four micro-batches:
 #
-#   rank 2  0F0 0F1 0F2         0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3
+#   rank 2  0F0 0F1 0F2         0B0---- 0F3 0B1---- 0B2---- 0B3----
 #   rank 1      1F0 1F1     1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3
 #   rank 0          2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3
 ZB1P = Policy("zb1p", ("F", "I", "W"), looped_evenly, rounds=True, in_order=True, style="loop")
@@ -187,9 +202,9 @@ ZB1P = Policy("zb1p", ("F", "I", "W"), looped_evenly, rounds=True, in_order=True
 # 0. If F, I and W take the same time and there are 2p-1 micro-batches or more, ranks wait only for the first
 # micro-batch to come. Two ranks, three micro-batches:
 #
-#   rank 1      1F0 2F0 1F1 2F1 2I0 1I0 2W0 1F2 2I1 1I1 1W0 2F2 2W1 1W1 2I2 1I2 2W2 1W2
-#   rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 0I0 3I1 0W0 3W1 0I1 0W1 3F2 3I2 3W2     0I2 0W2
-ZBV = Policy("zbv", ("F", "I", "W"), folded, style="v")
+#   rank 1      1F0 2F0 1F1 2F1 2I0 2W0 1I0 1W0 1F2 2F2 2I1 1I1 2I2 1I2 2W1 1W1 2W2 1W2
+#   rank 0  0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0B0---- 3F2 3I2 0B1---- 0I2 3W2 0W2
+ZBV = Policy("zbv", ("F", "I", "W"), folded, weights_at_once=True, style="v")
 
 # Evaluation: no backward pass, nothing is held.
 #

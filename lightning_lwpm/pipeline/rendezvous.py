@@ -7,15 +7,16 @@
     rank 0   post post  receive  1F0  receive  1F1   receives are posted ahead, in the sender's order
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from lightning_lwpm.pipeline.action import Action, Table, dependencies
+from lightning_lwpm.pipeline.action import Action, Table, dependencies, present_one
 from lightning_lwpm.pipeline.tables import Deadlock, check_table
 
 
 class Message(NamedTuple):
-    """What one action sends to another on a different rank: an activation (F to F), a gradient (B to B, I to I)."""
+    """What one action sends to another on a different rank: an activation (F to F), a gradient (B or I to B or I)."""
 
     producer: Action
     consumer: Action
@@ -49,9 +50,10 @@ def channels(
     """
     pairs: dict[tuple[int, int], list[Message]] = {}
     links = sorted(adjacent(len(placement)) if edges is None else set(edges))
+    present = frozenset(chain.from_iterable(table))
     for rank, actions in enumerate(table):
         for action in actions:
-            for message in _sent(action, links):
+            for message in _sent(action, links, present):
                 receiver = placement[message.consumer.stage]
                 if receiver != rank:
                     pairs.setdefault((rank, receiver), []).append(message)
@@ -82,6 +84,7 @@ def rendezvous(
     """
     check_table(table, placement)
     links = sorted(adjacent(len(placement)) if edges is None else set(edges))
+    present = frozenset(chain.from_iterable(table))
     blocking = lookahead == 0
     sends = channels(table, placement, links)
     needs: dict[tuple[int, int], list[Message]] = {}
@@ -89,13 +92,13 @@ def rendezvous(
     for rank, actions in enumerate(table):
         program = []
         for action in actions:
-            for message in _received(action, links):
+            for message in _received(action, links, present):
                 sender = placement[message.producer.stage]
                 if sender != rank:
                     needs.setdefault((sender, rank), []).append(message)
                     program.append(_Wait("receive", action, message))
             program.append(_Wait("compute", action))
-            away = (message for message in _sent(action, links) if placement[message.consumer.stage] != rank)
+            away = (message for message in _sent(action, links, present) if placement[message.consumer.stage] != rank)
             program.extend(_Wait("send", action, message) for message in away)
         programs.append([*program, _Wait("reap")])
     # Receives posted ahead follow the sender's order; receives posted on need, the receiver's.
@@ -114,7 +117,7 @@ def rendezvous(
             return all(posted[pair] >= issued[pair] for pair in issued if pair[0] == rank)
         if wait.what == "compute":
             assert wait.action is not None
-            local = (s for s in dependencies(wait.action, len(placement)) if placement[s.stage] == rank)
+            local = (s for s in dependencies(wait.action, len(placement), present) if placement[s.stage] == rank)
             if not computed.issuperset(local):
                 return False
             computed.add(wait.action)
@@ -139,22 +142,24 @@ def rendezvous(
         raise Deadlock("; ".join(_explain(rank, wait, placement) for rank, wait in stuck))
 
 
-def _sent(action: Action, links: Sequence[tuple[int, int]]) -> list[Message]:
+def _sent(action: Action, links: Sequence[tuple[int, int]], present: Container[Action]) -> list[Message]:
     kind, stage, microbatch = action
     if kind == "W":
         return []
     if kind == "F":
         return [Message(action, Action("F", consumer, microbatch)) for producer, consumer in links if producer == stage]
-    return [Message(action, Action(kind, producer, microbatch)) for producer, consumer in links if consumer == stage]
+    takers = [Action(kind, producer, microbatch) for producer, consumer in links if consumer == stage]
+    return [Message(action, present_one(taker, present)) for taker in takers]
 
 
-def _received(action: Action, links: Sequence[tuple[int, int]]) -> list[Message]:
+def _received(action: Action, links: Sequence[tuple[int, int]], present: Container[Action]) -> list[Message]:
     kind, stage, microbatch = action
     if kind == "W":
         return []
     if kind == "F":
         return [Message(Action("F", producer, microbatch), action) for producer, consumer in links if consumer == stage]
-    return [Message(Action(kind, consumer, microbatch), action) for producer, consumer in links if producer == stage]
+    givers = [Action(kind, consumer, microbatch) for producer, consumer in links if producer == stage]
+    return [Message(present_one(giver, present), action) for giver in givers]
 
 
 def _pair(message: Message, placement: Sequence[int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.action import Action, Costs, Latency, Table, delay, dependencies, unit
 from lightning_lwpm.pipeline.best import Memory, best_table, check_memory
 from lightning_lwpm.pipeline.policies import FORWARD_ONLY, GPIPE, ONE_F_ONE_B, POLICIES, Policy
-from lightning_lwpm.pipeline.scheduler import list_schedule
+from lightning_lwpm.pipeline.scheduler import list_schedule, without_needless
 
 __all__ = [
     "FORWARD_ONLY",
@@ -100,7 +100,7 @@ def build(
         raise ConfigurationError(f"unknown schedule {name!r}{hint} (known: {', '.join(map(repr, known))})")
     policy = POLICIES[name]
     ranks = _placement(counts, placement, name, policy.style)
-    table = list_schedule(policy, num_stages, num_microbatches, ranks, costs, latency)
+    table = without_needless(list_schedule(policy, num_stages, num_microbatches, ranks, costs, latency))
     if memory is not None:
         check_memory(table, memory, name)
     return _padded(table, num_ranks)

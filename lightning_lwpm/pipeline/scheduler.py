@@ -46,11 +46,11 @@ def list_schedule(
     pipeline = Pipeline(num_stages, num_microbatches, tuple(placement))
     caps = policy.caps(pipeline)
     table: Table = [[] for _ in pipeline.stages_by_rank]
-    done = {(kind, stage): 0 for kind in policy.prefer for stage in range(num_stages)}
+    whole = max(0, num_microbatches - policy.split_last) if "I" in policy.prefer else 0
+    done = {(kind, stage): whole if kind == "W" else 0 for kind in policy.prefer for stage in range(num_stages)}
     offers = [[(kind, s) for kind in policy.prefer for s in stages] for stages in pipeline.stages_by_rank]
     in_flight, kept = [0] * len(table), [0] * len(table)
     passed_back = "I" if "I" in policy.prefer else "B"
-    released = "W" if "W" in policy.prefer else "B"
     ends: dict[Action, float] = {}
     free = [0.0] * len(table)
 
@@ -69,12 +69,17 @@ def list_schedule(
     def ready(action: Action, rank: int, now: float) -> bool:
         if action.kind == "F" and not admitted(action.stage, action.microbatch, rank):
             return False
-        return all(arrived(source, rank, now) for source in dependencies(action, num_stages))
+        return all(arrived(source, rank, now) for source in dependencies(action, num_stages, ends))
+
+    def upcoming_of(kind: str, stage: int) -> Action:
+        microbatch = done[kind, stage]
+        return Action("B" if kind == "I" and microbatch < whole else kind, stage, microbatch)
 
     def best(rank: int, now: float) -> Action | None:
-        upcoming = (Action(kind, stage, done[kind, stage]) for kind, stage in offers[rank])
+        upcoming = (upcoming_of(kind, stage) for kind, stage in offers[rank])
         choices = [action for action in upcoming if action.microbatch < num_microbatches]
-        choices.sort(key=lambda action: policy.priority(action, pipeline))
+        forwards = any(action.kind == "F" for action in choices)
+        choices.sort(key=lambda action: policy.priority(action, pipeline, forwards))
         if policy.in_order:
             choices = list({action.kind: action for action in reversed(choices)}.values())[::-1]
         return next((action for action in choices if ready(action, rank, now)), None)
@@ -89,15 +94,29 @@ def list_schedule(
         if action is None:
             continue
         table[rank].append(action)
-        done[action.kind, action.stage] += 1
-        in_flight[rank] += (action.kind == "F") - (action.kind == passed_back)
-        kept[rank] += (action.kind == "F") - (action.kind == released)
+        done[passed_back if action.kind in "BI" else action.kind, action.stage] += 1
+        in_flight[rank] += (action.kind == "F") - (action.kind in "BI")
+        kept[rank] += (action.kind == "F") - (action.kind in "BW")
         ends[action] = free[rank] = now + costs(action)
         heapq.heappush(moments, (ends[action], rank))
         onward = action.stage + (1 if action.kind == "F" else -1)
         if action.kind != "W" and 0 <= onward < num_stages and placement[onward] != rank:
             heapq.heappush(moments, (ends[action] + delay(latency, action), placement[onward]))
 
-    if len(ends) < len(done) * num_microbatches:
+    if any(count < num_microbatches for count in done.values()):
         raise ConfigurationError(f"the schedule {policy.name!r} stalls under its caps: {caps}")
     return table
+
+
+def without_needless(table: Table) -> Table:
+    """Do those backward passes of stage 0 whole of which the W follows on the I: nobody waits for such an I."""
+    rows: Table = []
+    for actions in table:
+        row: list[Action] = []
+        for action in actions:
+            if action.kind == "W" and action.stage == 0 and row and row[-1] == action._replace(kind="I"):
+                row[-1] = action._replace(kind="B")
+            else:
+                row.append(action)
+        rows.append(row)
+    return rows

@@ -6,9 +6,9 @@ sends and receives meet.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
-from lightning_lwpm.pipeline.action import Action, Costs, Latency, Table, delay, dependencies, unit
+from lightning_lwpm.pipeline.action import Action, Costs, Latency, Table, delay, dependencies, present_one, unit
 from lightning_lwpm.pipeline.rendezvous import Message, adjacent, channels, rendezvous
 from lightning_lwpm.pipeline.tables import Deadlock, check_table, held_by_stages, kept_by_ranks
 
@@ -66,6 +66,7 @@ def simulate(
         ConfigurationError: If an action comes twice, or not on the rank of its stage.
     """
     check_table(table, placement)
+    present = frozenset(chain.from_iterable(table))
     ends: dict[Action, float] = {}
     starts: dict[Action, float] = {}
     done = [0] * len(table)
@@ -76,7 +77,7 @@ def simulate(
         for rank, actions in enumerate(table):
             while done[rank] < len(actions):
                 action = actions[done[rank]]
-                sources = dependencies(action, len(placement))
+                sources = dependencies(action, len(placement), present)
                 if any(source not in ends for source in sources):
                     break
                 arrivals = (ends[s] + (0.0 if placement[s.stage] == rank else delay(latency, s)) for s in sources)
@@ -88,7 +89,7 @@ def simulate(
     for rank, actions in enumerate(table):
         if done[rank] < len(actions):
             action = actions[done[rank]]
-            missing = [str(source) for source in dependencies(action, len(placement)) if source not in ends]
+            missing = [str(source) for source in dependencies(action, len(placement), present) if source not in ends]
             waiting.append(f"rank {rank} waits in {action} for {' and '.join(missing)}")
     if waiting:
         raise Deadlock("; ".join(waiting))
@@ -119,34 +120,36 @@ def bound(table: Table, placement: Sequence[int], seconds: Costs = unit, latency
         seconds: Time of each action.
         latency: As in ``simulate``.
     """
-    kinds = {action.kind for actions in table for action in actions}
-    counts = {action.microbatch for actions in table for action in actions}
-    if not kinds:
+    present = frozenset(chain.from_iterable(table))
+    counts = {action.microbatch for action in present}
+    if not present:
         return 0.0
     stages = range(len(placement))
-    back = next((kind for kind in "BI" if kind in kinds), None)
+
+    def spent(action: Action) -> float:
+        return seconds(action) if action in present else 0.0
 
     def way(kind: str, stage: int, microbatch: int) -> float:
         """The time of one action and of the way of its result to the next."""
         onward = stage + (1 if kind == "F" else -1)
-        action = Action(kind, stage, microbatch)
-        crosses = onward in stages and placement[onward] != placement[stage]
-        return seconds(action) + (delay(latency, action) if crosses else 0.0)
+        action = present_one(Action(kind, stage, microbatch), present)
+        crosses = action in present and onward in stages and placement[onward] != placement[stage]
+        return spent(action) + (delay(latency, action) if crosses else 0.0)
 
     longest = 0.0
     head, tail = [float("inf")] * len(stages), [float("inf")] * len(stages)
     for microbatch in counts:
         forward = list(accumulate((way("F", stage, microbatch) for stage in stages), initial=0.0))
-        backward = list(accumulate((way(back, s, microbatch) if back else 0.0 for s in stages), initial=0.0))
+        backward = list(accumulate((way("B", stage, microbatch) for stage in stages), initial=0.0))
         head = [min(pair) for pair in zip(head, forward[:-1], strict=True)]
         # From the end of the stage's own backward pass: the way of its gradient, too.
-        ways = (backward[s + 1] - seconds(Action(back, s, microbatch)) if back else 0.0 for s in stages)
+        own_passes = (present_one(Action("B", stage, microbatch), present) for stage in stages)
+        ways = (end - spent(own) for end, own in zip(backward[1:], own_passes, strict=True))
         tail = [min(pair) for pair in zip(tail, ways, strict=True)]
-        last = seconds(Action("W", 0, microbatch)) if "W" in kinds else 0.0
-        longest = max(longest, forward[-1] + backward[-1] + last)
+        longest = max(longest, forward[-1] + backward[-1] + spent(Action("W", 0, microbatch)))
     for rank, actions in enumerate(table):
         own = [stage for stage in stages if placement[stage] == rank]
         if own:
-            after = 0.0 if "W" in kinds else min(tail[stage] for stage in own)
+            after = 0.0 if any(action.kind == "W" for action in actions) else min(tail[stage] for stage in own)
             longest = max(longest, min(head[s] for s in own) + sum(map(seconds, actions)) + after)
     return longest

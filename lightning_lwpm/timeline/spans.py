@@ -11,6 +11,7 @@ import re
 from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from lightning_lwpm.pipeline.schedule import Action, Costs, Latency, Table, delay, dependencies
 from lightning_lwpm.pipeline.simulate import Simulation
@@ -100,12 +101,13 @@ def planned(table: Table, placement: Sequence[int], run: Simulation, seconds: Co
         latency: Time that a result takes to another rank.
     """
     spans = []
+    present = frozenset(chain.from_iterable(table))
     for rank, actions in enumerate(table):
         free = 0.0
         for action in actions:
             begin = run.starts[action]
             end = begin + seconds(action)
-            foreign = [a for a in dependencies(action, len(placement)) if placement[a.stage] != rank]
+            foreign = [a for a in dependencies(action, len(placement), present) if placement[a.stage] != rank]
             if begin > free and foreign:
                 arrivals = {a: run.starts[a] + seconds(a) + delay(latency, a) for a in foreign}
                 source = max(arrivals, key=lambda a: arrivals[a])

@@ -79,8 +79,9 @@ def _arrows(panel: Panel, first: int, scale: float, label: str) -> Iterator[dict
     """From each action to those of other ranks that need its result."""
     pieces = longest_pieces(panel.spans)
     ends = _last_pieces(panel.spans)
+    present = {action for _, action in ends}
     for (batch, action), span in pieces.items():
-        for source in dependencies(action, len(panel.ranks)):
+        for source in dependencies(action, len(panel.ranks), present):
             made = ends.get((batch, source))
             if made is None or made.rank == span.rank:
                 continue

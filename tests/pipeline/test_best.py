@@ -53,7 +53,15 @@ def test_latency_is_hidden_by_deeper_warm_ups():
 
 def test_whole_backward_passes_where_they_must_not_be_split():
     assert {a.kind for row in build("auto", 3, 4, 3, split=False) for a in row} == {"F", "B"}
-    assert {a.kind for row in build("auto", 3, 4, 3) for a in row} == {"F", "I", "W"}
+    assert {a.kind for row in build("auto", 3, 4, 3) for a in row} == {"F", "B", "I", "W"}
+
+
+def test_passes_are_split_only_where_that_pays():
+    costs = {"F": 1.0, "B": 2.0, "I": 1.3, "W": 0.8}
+    for num_ranks, count in ((2, 8), (4, 8), (4, 16)):
+        table = build("auto", num_ranks, count, num_ranks, None, lambda action: costs[action.kind])
+        split = {(a.stage, a.microbatch) for row in table for a in row if a.kind == "I"}
+        assert split and min(microbatch for _, microbatch in split) >= count // 4
 
 
 def test_of_equally_long_tables_the_one_that_keeps_least():

@@ -146,7 +146,7 @@ def test_what_a_rank_keeps_is_summed_over_its_stages():
 
 def test_gradients_of_inputs_are_sent_and_those_of_weights_are_not():
     pairs = channels(build("zb1p", 2, 2, 2), place(2))
-    assert [f"{m.producer}>{m.consumer}" for m in pairs[0, 1]] == ["1I0>0I0", "1I1>0I1"]
+    assert [f"{m.producer}>{m.consumer}" for m in pairs[0, 1]] == ["1I0>0B0", "1I1>0B1"]
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
