@@ -6,7 +6,7 @@ Both run without Lightning, on the same ranks, with the same parts of the model,
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +16,29 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from lightning_lwpm.pipeline.engine import Engine
-from lightning_lwpm.pipeline.schedule import POLICIES, Table, build
+from lightning_lwpm.pipeline.schedule import POLICIES, Action, Table, build, list_schedule
 from lightning_lwpm.pipeline.schedule import place as place_stages
+from lightning_lwpm.pipeline.simulate import simulate
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout, Unit
 from lightning_lwpm.staging.placement import place
 
-__all__ = ["CPU", "RACES", "Contender", "Ours", "Race", "Task", "Torch", "chain", "slowest", "take_turns"]
+__all__ = [
+    "CPU",
+    "RACES",
+    "Contender",
+    "Ours",
+    "Race",
+    "Task",
+    "Torch",
+    "chain",
+    "made_to_measure",
+    "slowest",
+    "take_turns",
+]
 
 CPU = torch.device("cpu")
+LATENCY = 5e-4  # seconds: what a message of half a megabyte takes between processes of one machine, roughly
 WARM_UP = 3  # the first step learns what to send, the second is the first that sends it
 
 
@@ -111,16 +125,23 @@ class Ours:
         model: The whole model, the same on all ranks; keeps the parts of this rank.
         layout: The partition.
         task: What is trained.
+        table: The table, if it is not the one of the schedule's name.
+        serial: Number of micro-batches that an engine before has done on this line.
     """
 
-    def __init__(self, line: Line, race: Race, model: nn.Module, layout: Layout, task: Task) -> None:
+    def __init__(
+        self,
+        line: Line,
+        race: Race,
+        model: nn.Module,
+        layout: Layout,
+        task: Task,
+        table: Table | None = None,
+        serial: int = 0,
+    ) -> None:
         self.model, self.task = model, task
-        ranks, world = race.stages(line.stages), line.stages
-
-        def table(count: int) -> Table:
-            return race.table(count, world)
-
-        self.engine = Engine(line.mailbox, line.transport, model, layout, CPU, table, placement=ranks)
+        ranks, own = race.stages(line.stages), table or race.table(task.microbatches, line.stages)
+        self.engine = Engine(line.mailbox, line.transport, model, layout, CPU, lambda _: own, serial, ranks)
         place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), self.engine.stages)
 
     def step(self) -> None:
@@ -134,6 +155,33 @@ class Ours:
             return task.loss(self.model(inputs), targets)
 
         self.engine.train(batch, forward, lambda loss, _: (loss * share).backward())
+
+
+def made_to_measure(line: Line, race: Race, model: nn.Module, layout: Layout, task: Task) -> tuple[Ours, float]:
+    """Our schedule ``auto`` on the stages of a race, made from the times of a few steps; and its bound as a speed-up.
+
+    Args:
+        line: Connections of its own.
+        race: Where stages are, and a schedule that splits backward passes.
+        model: The whole model; keeps the parts of this rank.
+        layout: The partition.
+        task: What is trained.
+    """
+    ranks, count = race.stages(line.stages), task.microbatches
+    half = replace(POLICIES[race.ours], split_last=count // 2)  # so that both kinds of backward pass are timed
+    trial = Ours(line, race, model, layout, task, list_schedule(half, len(ranks), count, ranks))
+    for _ in range(WARM_UP):
+        trial.step()
+    own = {(s, kind): trial.engine.times.median(s, kind) for s in trial.engine.stages for kind in "FBIW"}
+    seconds = {key: value for each in line.gather(own) for key, value in each.items()}
+
+    def costs(action: Action) -> float:
+        return seconds[action.stage, action.kind]
+
+    table = build("auto", len(ranks), count, line.stages, ranks, costs, LATENCY)
+    work = sum(count * (seconds[stage, "F"] + seconds[stage, "B"]) for stage in range(len(ranks)))
+    makespan = simulate(table, ranks, costs).makespan
+    return Ours(line, race, model, layout, task, table, trial.engine.serial), work / makespan
 
 
 class Torch:

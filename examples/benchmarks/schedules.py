@@ -3,7 +3,9 @@
     python examples/benchmarks/schedules.py                                  # about 20 minutes
     python examples/benchmarks/schedules.py --models gpt --microbatches 4    # a part of it
 
-Every process has one thread. The bound is that of the schedule on even stages, where transfers cost nothing.
+Every process has one thread. The bound is that of the schedule on even stages, where transfers cost nothing; of
+``auto`` that of its table at the times that it is made from. What the machine itself takes shows in "two, no messages":
+each of two processes does half of the micro-batches, and they do not know of each other.
 """
 
 import argparse
@@ -40,11 +42,13 @@ class Row:
     bound: float
 
 
-def measure(rank: int, world: int, name: str, microbatches: int, args: Any) -> list[list[float] | None]:
-    """Seconds of each step: of one process, of DDP, and of each schedule ours and torch's."""
+def measure(
+    rank: int, world: int, name: str, microbatches: int, args: Any
+) -> tuple[list[list[float] | None], list[float]]:
+    """Seconds of each step: of those without a schedule, of each schedule ours and torch's, of ``auto``; its bounds."""
     import torch
     import torch.distributed as dist
-    from contenders import Contender, Ours, Task, Torch, take_turns
+    from contenders import Contender, Ours, Race, Task, Torch, made_to_measure, take_turns
     from lines import Line
     from split_models import CASES
     from torch import nn
@@ -53,6 +57,7 @@ def measure(rank: int, world: int, name: str, microbatches: int, args: Any) -> l
     from lightning_lwpm.partition.apply import make_layout
     from lightning_lwpm.partition.plan import make_plan
     from lightning_lwpm.partition.probe import probe
+    from lightning_lwpm.staging.layout import Layout
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
@@ -60,14 +65,17 @@ def measure(rank: int, world: int, name: str, microbatches: int, args: Any) -> l
     model: nn.Module = case.build()
     task = Task(*case.batch(), case.loss, microbatches)
 
-    class One:
-        """One process that accumulates micro-batches, while the other ranks wait."""
+    class Alone:
+        """A process that accumulates micro-batches: all of them on rank 0, or each rank its share, without a word."""
 
         model = case.build()
 
+        def __init__(self, share: slice) -> None:
+            pairs = zip(task.inputs.chunk(microbatches), task.targets.chunk(microbatches), strict=True)
+            self.parts = list(pairs)[share]
+
         def step(self) -> None:
-            parts = zip(task.inputs.chunk(microbatches), task.targets.chunk(microbatches), strict=True)
-            for inputs, targets in parts if rank == 0 else ():
+            for inputs, targets in self.parts:
                 (task.loss(self.model(inputs), targets) / microbatches).backward()
 
     class Replicas:
@@ -79,24 +87,33 @@ def measure(rank: int, world: int, name: str, microbatches: int, args: Any) -> l
             inputs, targets = (whole.chunk(world)[rank] for whole in (task.inputs, task.targets))
             task.loss(self.model(inputs), targets).backward()
 
-    contenders: list[Contender | None] = [One(), Replicas()]
+    whole = slice(None) if rank == 0 else slice(0)
+    contenders: list[Contender | None] = [Alone(whole), Alone(slice(rank, None, world)), Replicas()]
     lines = []
     seen = probe(model, lambda: task.loss(model(task.inputs[:1]), task.targets[:1]))
     model.zero_grad()
-    for race in races(args):
-        stages = race.stages(world)
+
+    def ours(race: Race) -> tuple[Line, Race, nn.Module, Layout, Task]:
+        stages, own = race.stages(world), copy.deepcopy(model)
         lines.append(Line(rank, world))
-        own = copy.deepcopy(model)
-        plan = make_plan(seen.timeline, len(stages), case.names(len(stages)), lambda *_, ranks=stages: ranks)
-        contenders.append(Ours(lines[-1], race, own, make_layout(own, seen, plan), task))
+        plan = make_plan(seen.timeline, len(stages), case.names(len(stages)), lambda *_: stages)
+        return lines[-1], race, own, make_layout(own, seen, plan), task
+
+    for race in races(args):
+        contenders.append(Ours(*ours(race)))
         try:
-            contenders.append(Torch(rank, world, race, case.split(model, len(stages)), task))
+            contenders.append(Torch(rank, world, race, case.split(model, len(race.stages(world))), task))
         except ValueError:  # too few micro-batches for it
             contenders.append(None)
+    bounds = []
+    for race in autos():
+        contender, bound = made_to_measure(*ours(race))
+        contenders.append(contender)
+        bounds.append(bound)
     found = iter(take_turns([each for each in contenders if each is not None], args.rounds, args.steps))
     for line in lines:
         line.close()
-    return [next(found) if each is not None else None for each in contenders]
+    return [next(found) if each is not None else None for each in contenders], bounds
 
 
 def races(args: Any) -> list[Any]:
@@ -106,6 +123,13 @@ def races(args: Any) -> list[Any]:
     return [race for race in RACES if race.ours in args.schedules]
 
 
+def autos() -> list[Any]:
+    """Where ``auto`` has its stages: one stage a rank, and two, there and back."""
+    from contenders import RACES
+
+    return [race for race in RACES if (race.ours, race.per_rank) in (("zb1p", 1), ("zbv", 2))]
+
+
 def rows(name: str, microbatches: int, args: Any) -> list[Row]:
     """Measure all contenders with a model and a number of micro-batches."""
     from contenders import slowest
@@ -113,14 +137,22 @@ def rows(name: str, microbatches: int, args: Any) -> list[Row]:
     from lightning_lwpm.pipeline.simulate import simulate
 
     ranks = run(WORLD, measure, name, microbatches, args)
-    times = [slowest([rank[i] for rank in ranks]) if ranks[0][i] is not None else None for i in range(len(ranks[0]))]
+    steps, bounds = [found for found, _ in ranks], ranks[0][1]
+    times = [slowest([found[i] for found in steps]) if kept is not None else None for i, kept in enumerate(steps[0])]
     alone = times[0]
     assert alone is not None
-    labels: list[tuple[str, str, float]] = [("", "one process", 1.0), ("", "DDP", WORLD)]
+    labels: list[tuple[str, str, float]] = [
+        ("", "one process", 1.0),
+        ("", "two, no messages", WORLD),
+        ("", "DDP", WORLD),
+    ]
     for race in races(args):
         table = race.table(microbatches, WORLD)
         simulated = simulate(table, race.stages(WORLD))
         labels += [(side, race.label, sum(simulated.busy) / simulated.makespan) for side in ("ours", "torch")]
+    for race, bound in zip(autos(), bounds, strict=True):
+        label = "auto" if race.per_rank == 1 else f"auto, {race.per_rank} stages a rank, there and back"
+        labels.append(("ours", label, bound))
     return [
         Row(name, microbatches, side, label, seconds, alone / seconds if seconds else 0.0, bound)
         for (side, label, bound), seconds in zip(labels, times, strict=True)
