@@ -1,6 +1,7 @@
 """The pipeline of one rank: schedule, executor and exchange put together, for whoever brings batches and a step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Engine:
         serial: Number of the first micro-batch; what follows another engine on the same links counts on.
         placement: The rank of each stage; by default one stage a rank, the last one on rank 0.
         activation_checkpointing: What is computed again in backward passes; see ``staging.recompute``.
+        continuous: Whether batches may overlap: see ``asynchronous.continuous``.
 
     Attributes:
         times: What this rank has measured of its own work.
@@ -63,8 +65,10 @@ class Engine:
         serial: int = 0,
         placement: Sequence[int] | None = None,
         activation_checkpointing: str = "none",
+        continuous: bool = False,
     ) -> None:
         self.mailbox, self.layout, self.device, self.schedule = mailbox, layout, device, schedule
+        self.root = root
         self.ranks = _ranks(placement, layout.num_stages, mailbox.world)
         self.stages = tuple(stage for stage, rank in enumerate(self.ranks) if rank == mailbox.rank)
         self.stage = self.stages[0] if self.stages else None
@@ -84,7 +88,7 @@ class Engine:
             assert transport is not None
             found = exchanges(mailbox, transport, self._postings, self.stages, self.ranks, device)
             units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
-            self.shared = SharedGradients(mailbox, transport, root, layout, self.ranks)
+            self.shared = SharedGradients(mailbox, None if continuous else transport, root, layout, self.ranks)
         self._compiled = CompiledUnits(root, [module for _, module in units])
         self._recompute = Recompute(activation_checkpointing, root, [unit for unit, _ in units], layout.num_stages - 1)
         # from here on every rank answers for this engine's stages, and nobody asks those of an engine before
@@ -195,7 +199,29 @@ class Engine:
         self.serial += count
         if self.executor is None:
             return [None] * count
-        executor = self.executor
+        items = self.items(batch, first, kind, backward is not None, fetch)
+
+        def microbatch(stage: int, i: int) -> Any:
+            return self.microbatch(batch, stage, i)
+
+        done = (lambda i, out: backward(out, i)) if backward is not None else None
+        training = backward is not None
+        row = self.row(count, training)
+        outputs = self.execute(row, self._received(count, training), items, microbatch, forward, done)
+        return [outputs.get(i) for i in range(count)]
+
+    def items(
+        self, batch: Batch, first: int, kind: str, grad: bool, fetch: Callable[[int], Tensor] | None
+    ) -> dict[int, Item]:
+        """A batch as the pipeline sees it, by number of the micro-batch.
+
+        Args:
+            batch: The batch, split.
+            first: Serial number of its first micro-batch.
+            kind: What is done with it; what one kind needs of other stages says nothing of another's.
+            grad: Whether backward passes follow.
+            fetch: Fetches a whole leaf of the batch that this rank was not given.
+        """
 
         def leaf(i: int) -> Callable[[int], Tensor]:
             def get(index: int) -> Tensor:
@@ -207,27 +233,67 @@ class Engine:
             return get
 
         structure = (kind, batch.structure())
-        items = [
-            Item(first + i, i, structure, (kind, batch.signature(i)), backward is not None, leaf(i))
-            for i in range(count)
-        ]
+        return {i: Item(first + i, i, structure, (kind, batch.signature(i)), grad, leaf(i)) for i in range(len(batch))}
 
+    def microbatch(self, batch: Batch, stage: int, i: int) -> Any:
+        """Micro-batch ``i`` of a batch, for a stage of this rank."""
+        assert self.executor is not None
         # the latest stage of a rank may change the batch itself, unless it needs it once more as it was
         public = () if self._recompute.stages and not self.last else self.stages[-1:]
+        return batch.microbatch(i, self.device, self.executor.step, private=stage not in public)
 
-        def microbatch(stage: int, i: int) -> Any:
-            return batch.microbatch(i, self.device, executor.step, private=stage not in public)
+    def execute(
+        self,
+        row: Sequence[Action],
+        messages: Mapping[int, Sequence[Message]],
+        items: Mapping[int, Item],
+        microbatch: Callable[[int, int], Any],
+        forward: Callable[[Any, int], Any],
+        backward: Callable[[int, Any], None] | None,
+        around: Callable[[Action], AbstractContextManager[Any]] | None = None,
+    ) -> dict[int, Any]:
+        """Run some actions of this rank's stages, and sum shared gradients.
 
-        done = (lambda i, out: backward(out, i)) if backward is not None else None
-        training = backward is not None
-        row = self.row(count, training)
-        self._postings.begin(row, self._received(count, training), items)
+        Args:
+            row: The actions, in order.
+            messages: By rank, what it sends to this one for them, in order.
+            items: Micro-batches by number.
+            microbatch: See :meth:`Executor.run`, as for all that follow.
+            forward: The same.
+            backward: The same.
+            around: The same.
+        """
+        assert self.executor is not None
+        self._postings.begin(row, messages, items)
         with self._versions.batch(), self._compiled.batch(), self._recompute.batch():
-            outputs = executor.run(row, items, microbatch, forward, done)
+            outputs = self.executor.run(row, items, microbatch, forward, backward, around)
         if backward is not None and self.shared is not None:
-            with executor.guarded(lambda: "the sum of shared gradients"):
+            with self.executor.guarded(lambda: "the sum of shared gradients"):
                 self.shared.sum()
         return outputs
+
+    def receive(self, sent: Mapping[int, Sequence[int]], items: Mapping[int, Item]) -> None:
+        """Receive what earlier stages have sent for forward passes that this rank does not run.
+
+        Args:
+            sent: By stage, the numbers of their micro-batches.
+            items: Micro-batches by number.
+        """
+        assert self.executor is not None and self.stage is not None
+        messages = {
+            self.ranks[producer]: [Message(Action("F", producer, i), Action("F", self.stage, i)) for i in numbers]
+            for producer, numbers in sent.items()
+        }
+        self._postings.begin([], messages, items)
+        for producer, numbers in sent.items():
+            for number in numbers:
+                self.executor.exchanges[self.stage].inbox.drop(producer, items[number])
+
+    def forget(self, serial: int) -> None:
+        """Let go of all that is held of micro-batches from a serial number on."""
+        assert self.executor is not None
+        for exchange in self.executor.exchanges.values():
+            exchange.forget(serial)
 
 
 def _ranks(placement: Sequence[int] | None, num_stages: int, world: int) -> list[int]:

@@ -64,6 +64,13 @@ class Exchange:
         with self.desk.lock:
             del self.desk.flights[item.serial]
 
+    def forget(self, serial: int) -> None:
+        """Let go of all micro-batches from a serial number on."""
+        with self.desk.lock:
+            for number in [number for number in self.desk.flights if number >= serial]:
+                for arrival in self.desk.flights.pop(number).arrivals.values():
+                    arrival.release()
+
 
 def exchanges(
     mailbox: Mailbox,

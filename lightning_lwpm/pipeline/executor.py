@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -71,11 +71,12 @@ class Executor:
     def run(
         self,
         actions: Sequence[Action],
-        items: Sequence[Item],
+        items: Mapping[int, Item],
         microbatch: Callable[[int, int], Any],
         forward: Callable[[Any, int], Any],
         backward: Callable[[int, Any], None] | None = None,
-    ) -> list[Any]:
+        around: Callable[[Action], AbstractContextManager[Any]] | None = None,
+    ) -> dict[int, Any]:
         """Execute actions in order.
 
         Args:
@@ -84,14 +85,15 @@ class Executor:
             microbatch: Makes a micro-batch, by stage and number.
             forward: Runs the user's step on a micro-batch of a number.
             backward: On the last stage, runs the backward pass from what ``forward`` returned.
+            around: The context of an action.
 
         Returns:
-            What ``forward`` returned on the last stage for each micro-batch; ``None`` elsewhere.
+            What ``forward`` returned on the last stage, by micro-batch.
 
         Raises:
             PipelineError: if this or any other rank failed; the same message on every rank.
         """
-        outputs: list[Any] = [None] * len(items)
+        outputs: dict[int, Any] = {}
         split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
         with self.deferral.batch(), python_random(), self.guarded(lambda: self._tell(action)):
             for position, action in enumerate(actions):
@@ -99,26 +101,31 @@ class Executor:
                 item = items[number]
                 began, waited = time.perf_counter(), self.mailbox.waited
                 self.postings.ahead(position)
-                if kind == "F":
-                    with self.deferral.forward() if (stage, number) in split else nullcontext():
-                        out = self._forward(stage, item, microbatch, forward)
-                    if self.at_last:
-                        outputs[number] = out
-                elif kind == "W":
-                    self.times.ready()
-                    self.deferral.weights((stage, number))
-                else:
-                    part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
-                    with self.versions.of(stage), part:
-                        self._backward(stage, item, outputs, backward)
+                with around(action) if around is not None else nullcontext():
+                    if kind == "F":
+                        with self.deferral.forward() if (stage, number) in split else nullcontext():
+                            out = self._forward(stage, number, item, microbatch, forward)
+                        if self.at_last:
+                            outputs[number] = out
+                    elif kind == "W":
+                        self.times.ready()
+                        self.deferral.weights((stage, number))
+                    else:
+                        part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
+                        with self.versions.of(stage), part:
+                            self._backward(stage, number, item, outputs, backward)
                 if item.grad:
                     self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)
         return outputs
 
     def _forward(
-        self, stage: int, item: Item, microbatch: Callable[[int, int], Any], forward: Callable[[Any, int], Any]
+        self,
+        stage: int,
+        number: int,
+        item: Item,
+        microbatch: Callable[[int, int], Any],
+        forward: Callable[[Any, int], Any],
     ) -> Any:
-        number = item.microbatch
         self.at_last = stage == self.num_stages - 1
         if not self.exchanges:
             self.times.ready()
@@ -157,13 +164,18 @@ class Executor:
         return out
 
     def _backward(
-        self, stage: int, item: Item, outputs: list[Any], backward: Callable[[int, Any], None] | None
+        self,
+        stage: int,
+        number: int,
+        item: Item,
+        outputs: dict[int, Any],
+        backward: Callable[[int, Any], None] | None,
     ) -> None:
         exchange = self.exchanges.get(stage)
         if stage == self.num_stages - 1:
             assert backward is not None
             self.times.ready()
-            backward(item.microbatch, outputs[item.microbatch])
+            backward(number, outputs[number])
         else:
             assert exchange is not None
             tensors, gradients = exchange.gradients(item)

@@ -120,6 +120,11 @@ class Inbox:
                 flight.known[stage] = trace
         return Peers(self, flight)
 
+    def drop(self, producer: int, item: Item) -> None:
+        """Wait until everything agreed with a producer for a micro-batch is here, and let go of it."""
+        self.postings.until(self.desk.ranks[producer], partial(self._has_posted, producer, item))
+        self._wait(producer, item, self._receives.pop((producer, item.serial)))
+
     def _wait(self, producer: int, item: Item, receives: list[tuple[Entry, Receive]]) -> list[Tensor]:
         if producer == self.desk.stage - 1 and not proves(self.transport, (entry for entry, _ in receives)):
             # no data proves that the stage before has left its forward: it says so

@@ -34,11 +34,13 @@ class Postings:
         self.lookahead = lookahead
         self.exchanges: dict[int, Exchange] = {}
         self._queues: dict[int, deque[Message]] = {}
-        self._items: Sequence[Item] = ()
+        self._items: Mapping[int, Item] = {}
         self._forwards: list[int] = []  # by position in the row: how many forward passes come before it
         self._turns: dict[Action, int] = {}  # the same by forward pass
 
-    def begin(self, row: Sequence[Action], messages: Mapping[int, Sequence[Message]], items: Sequence[Item]) -> None:
+    def begin(
+        self, row: Sequence[Action], messages: Mapping[int, Sequence[Message]], items: Mapping[int, Item]
+    ) -> None:
         """Begin a batch.
 
         Args:

@@ -46,7 +46,7 @@ def list_schedule(
     pipeline = Pipeline(num_stages, num_microbatches, tuple(placement))
     caps = policy.caps(pipeline)
     table: Table = [[] for _ in pipeline.stages_by_rank]
-    whole = max(0, num_microbatches - policy.split_last) if "I" in policy.prefer else 0
+    whole = int(max(0, num_microbatches - policy.split_last)) if "I" in policy.prefer else 0
     done = {(kind, stage): whole if kind == "W" else 0 for kind in policy.prefer for stage in range(num_stages)}
     offers = [[(kind, s) for kind in policy.prefer for s in stages] for stages in pipeline.stages_by_rank]
     in_flight, kept = [0] * len(table), [0] * len(table)

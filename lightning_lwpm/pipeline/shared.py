@@ -26,7 +26,8 @@ class SharedGradients:
 
     Args:
         mailbox: Tells who has a gradient at all.
-        transport: Carries the gradients.
+        transport: Carries the gradients; ``None`` where the mailbox does, as no order of messages is given: other
+            stages are ahead by some micro-batches.
         root: The model.
         layout: Says which parameters several stages hold.
         ranks: The rank of each stage.
@@ -36,7 +37,7 @@ class SharedGradients:
     """
 
     def __init__(
-        self, mailbox: Mailbox, transport: Transport, root: nn.Module, layout: Layout, ranks: Sequence[int]
+        self, mailbox: Mailbox, transport: Transport | None, root: nn.Module, layout: Layout, ranks: Sequence[int]
     ) -> None:
         self.mailbox, self.transport, self.rank = mailbox, transport, mailbox.rank
         named = dict(root.named_parameters())
@@ -67,13 +68,13 @@ class SharedGradients:
             for other in holders:
                 if other == self.rank:
                     continue
-                if name in have[other]:
+                if name in have[other] and self.transport is not None:
                     on_host = parameter.device.type == "cpu"
                     receives[name, other] = self.transport.receive(other, parameter.numel(), parameter.dtype, on_host)
                 if name in mine:
                     assert parameter.grad is not None
                     # as it is: from here on nothing writes into this gradient, the sum is another tensor
-                    self.transport.send(other, to_wire(parameter.grad.contiguous()))
+                    self._send(other, name, to_wire(parameter.grad.contiguous()))
         for name, parameter, holders in self.parameters:
             total: torch.Tensor | None = None
             parts = 0
@@ -84,7 +85,11 @@ class SharedGradients:
                     part = parameter.grad
                 else:
                     what = f"the gradient of shared '{name}' from {self.mailbox.names[other]}"
-                    flat = receives.pop((name, other)).wait(what)
+                    flat = (
+                        receives.pop((name, other)).wait(what)
+                        if self.transport is not None
+                        else self.mailbox.take("shared-gradient", (self._round, name, other), what)
+                    )
                     part = from_wire(flat, Meta.of(parameter.detach().contiguous()), parameter.device)
                 if total is None:
                     total = part
@@ -95,3 +100,9 @@ class SharedGradients:
                 parts += 1
             if total is not None:
                 parameter.grad = total if total is not parameter.grad else total.clone()
+
+    def _send(self, other: int, name: str, flat: torch.Tensor) -> None:
+        if self.transport is not None:
+            self.transport.send(other, flat)
+        else:
+            self.mailbox.post(other, "shared-gradient", (self._round, name, self.rank), flat)

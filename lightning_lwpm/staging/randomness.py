@@ -65,12 +65,25 @@ class TorchRandom:
 
     def __init__(self, seed: int, stage: int, device: torch.device) -> None:
         mixed = random.Random(f"{seed} stage {stage}").getrandbits(63)
-        self.devices = [] if stage == 0 else [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+        self._seeded = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+        self.devices = [] if stage == 0 else self._seeded
         self.states = [torch.Generator(device).manual_seed(mixed).get_state() for device in self.devices]
 
     def drawn(self) -> AbstractContextManager[None]:
         """Draw from this stream; the generators are put back as they were."""
         return self._swapped() if self.devices else nullcontext()
+
+    def position(self) -> list[torch.Tensor]:
+        """Where this stream is, for :meth:`back_to`."""
+        return self.states if self.devices else [_get(device) for device in self._seeded]
+
+    def back_to(self, position: list[torch.Tensor]) -> None:
+        """Let the stream go on where it was."""
+        if self.devices:
+            self.states = position
+            return
+        for device, state in zip(self._seeded, position, strict=True):
+            _set(device, state)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
