@@ -1,5 +1,6 @@
 """Checks what the user wrote in the strategy's constructor: every message quotes it and says what to change."""
 
+import dataclasses
 import difflib
 import os
 import re
@@ -7,6 +8,7 @@ from typing import Any
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.pipeline.asynchronous.registry import correction
 from lightning_lwpm.pipeline.schedule import POLICIES
 from lightning_lwpm.staging.recompute import MODES
 from lightning_lwpm.timeline.write import check_path
@@ -61,7 +63,7 @@ def check_options(
             f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
             'integer, such as four for each device, or "auto".'
         )
-    known = ["auto", *POLICIES]
+    known = ["auto", *POLICIES, "async"]
     if schedule not in known:
         near = difflib.get_close_matches(str(schedule), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -120,6 +122,36 @@ def check_options(
         check_path(timeline, "timeline=")
     if not isinstance(log_bubble, bool):
         raise ConfigurationError(f"log_bubble={log_bubble!r}: pass True or False.")
+
+
+def check_rules(rules: Any, schedule: str, repartition_every_n_epochs: int) -> None:
+    """Check the options of asynchronous training.
+
+    Args:
+        rules: The options, as a dataclass.
+        schedule: The schedule, as the user wrote it.
+        repartition_every_n_epochs: The same.
+
+    Raises:
+        ConfigurationError: for the first one that cannot be used.
+    """
+    correction(rules.staleness_correction)
+    for field in dataclasses.fields(rules):
+        value = getattr(rules, field.name)
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if field.name != "staleness_correction" and value is not None and not number:
+            none = " Leave it out for any." if field.default is None else ""
+            raise ConfigurationError(f"{field.name}={value!r}: pass a number of steps, 0 or more.{none}")
+        if value != field.default and schedule != "async":
+            raise ConfigurationError(
+                f"{field.name}={value!r} is of asynchronous training, but schedule={schedule!r}: pass "
+                f'schedule="async", or leave {field.name} out.'
+            )
+    if schedule == "async" and repartition_every_n_epochs:
+        raise ConfigurationError(
+            f"repartition_every_n_epochs={repartition_every_n_epochs!r}: layers cannot move while batches overlap. "
+            "Leave it at 0, or use an exact schedule."
+        )
 
 
 def _listed(names: Any) -> str:

@@ -1,6 +1,7 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.checkpoint import held_states, merge_checkpoint
-from lightning_lwpm.options import check_options, parse_bytes
+from lightning_lwpm.options import check_options, check_rules, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
+from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layout import Layout
@@ -25,8 +27,9 @@ from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import clip_by_norm
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.overlap import Overlap, Rules
 from lightning_lwpm.training.planning import Planner
-from lightning_lwpm.training.private import PathLike, optimizers_to_device
+from lightning_lwpm.training.private import PathLike, after_closure, forget_after_closure, optimizers_to_device
 from lightning_lwpm.training.processes import ProcessesStrategy
 from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
@@ -103,6 +106,11 @@ class LWPMStrategy(ProcessesStrategy):
         patience: float = 30.0,
         timeline: PathLike | None = None,
         log_bubble: bool = False,
+        staleness_correction: str = DEFAULT,
+        max_staleness: int | None = None,
+        exact_warmup_steps: int = 0,
+        exact_final_steps: int = 0,
+        drain_every_n_steps: int = 0,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -125,6 +133,10 @@ class LWPMStrategy(ProcessesStrategy):
             timeline=timeline,
             log_bubble=log_bubble,
         )
+        self._rules = Rules(
+            staleness_correction, max_staleness, exact_warmup_steps, exact_final_steps, drain_every_n_steps
+        )
+        check_rules(self._rules, schedule, repartition_every_n_epochs)
         self.timeline, self.log_bubble, self.process_group_backend = timeline, log_bubble, process_group_backend
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
@@ -135,6 +147,7 @@ class LWPMStrategy(ProcessesStrategy):
         self._feed: Feed | None = None
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
+        self._overlap: Overlap | None = None
         self._steps: Steps | None = None
         self._reviewer: Reviewer | None = None
         self._recorder: Recorder | None = None
@@ -180,7 +193,10 @@ class LWPMStrategy(ProcessesStrategy):
             if self._recorder is not None:
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
-            self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count)
+            if fitting and self._asynchronous and layout.num_stages > 1:
+                self._overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
+                after_closure(self.precision_plugin, self._overlap.before_step)
+            self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count, self._overlap)
 
     def _prepare(self, trainer: Trainer) -> Feed:
         """Everything that comes before the model is looked at."""
@@ -189,7 +205,9 @@ class LWPMStrategy(ProcessesStrategy):
         check_module(module, fitting, self.global_rank == 0)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
-        self._feed = Feed(self.mailbox, loop, ahead=2 * self.world_size)
+        # whatever the number of micro-batches, a batch has one at least
+        ahead = self.world_size + 1 if fitting and self._asynchronous else 0
+        self._feed = Feed(self.mailbox, loop, 2 * self.world_size, ahead)
         if fitting:
             self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
@@ -208,6 +226,7 @@ class LWPMStrategy(ProcessesStrategy):
             serial,
             layout.ranks,
             self.activation_checkpointing,
+            continuous=self._asynchronous,
         )
         self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
         if self._recorder is not None:
@@ -221,6 +240,10 @@ class LWPMStrategy(ProcessesStrategy):
         move(self.mailbox, self.next_turn(), self.lightning_module, old, new, self.optimizers)
         for copy in self._copies:
             move(self.mailbox, self.next_turn(), copy, old, new, ())
+
+    @property
+    def _asynchronous(self) -> bool:
+        return self.schedule == "async" and self.world_size > 1
 
     @property
     def plan(self) -> PartitionPlan | None:
@@ -326,7 +349,31 @@ class LWPMStrategy(ProcessesStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
 
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._overlap is None:
+            return super().optimizer_step(optimizer, *args, **kwargs)
+        return self._overlap.step(lambda: super(LWPMStrategy, self).optimizer_step(optimizer, *args, **kwargs))
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._overlap is not None:
+            self._overlap.rest()
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._overlap is not None:
+            self._overlap.go_on()
+
+    @override
+    def on_train_end(self) -> None:
+        if self._overlap is not None:
+            self._overlap.rest()
+
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        if self._overlap is not None:
+            self._overlap.clip(self.precision_plugin.main_params(optimizer), float(clip_val))
+            return
         clip_by_norm(self.mailbox, self.next_turn(), self.precision_plugin.main_params(optimizer), float(clip_val))
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -335,10 +382,14 @@ class LWPMStrategy(ProcessesStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
     ) -> None:
-        with self.told("saving a checkpoint"):
-            merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(merged, filepath, storage_options=storage_options)
+        state = self._overlap.state() if self._overlap is not None else None
+        with self._overlap.at_rest() if self._overlap is not None else nullcontext():
+            with self.told("saving a checkpoint"):
+                merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
+                if self._overlap is not None:
+                    self._overlap.save(merged, state, self.next_turn())
+            if self.is_global_zero:  # what it holds itself is in there as it is
+                self.checkpoint_io.save_checkpoint(merged, filepath, storage_options=storage_options)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -347,6 +398,8 @@ class LWPMStrategy(ProcessesStrategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             states.append(held_states(saved, parameters))
         super().load_optimizer_state_dict({"optimizer_states": states})
+        if self._overlap is not None:
+            self._overlap.load(checkpoint)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -359,12 +412,15 @@ class LWPMStrategy(ProcessesStrategy):
             self._recorder.remove(self.lightning_module.trainer)
             self._recorder = None
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        forget_after_closure(self.precision_plugin)
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
+            if self._overlap is not None:
+                self._overlap.rest()
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout)
-        self._engine = self._steps = self._reviewer = None
+        self._engine = self._steps = self._reviewer = self._overlap = None
         self._copies = []
         super().teardown()
 
@@ -384,3 +440,6 @@ class LWPMStrategy(ProcessesStrategy):
                     description=f"Layer-wise model parallelism with `start_method` '{start_method}'",
                     start_method=start_method,
                 )
+        if "lwpm_async" not in strategy_registry:
+            description = "Layer-wise model parallelism in which no stage waits for the others at optimizer steps"
+            strategy_registry.register("lwpm_async", cls, description=description, schedule="async")

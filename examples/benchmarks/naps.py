@@ -1,7 +1,8 @@
 """Stages whose work is to sleep for a known time: what a step takes beyond that is the pipeline's own."""
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning_lwpm.pipeline.action import Action, unit
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.staging.deferral import Deferral
 
-__all__ = ["WIDTH", "Nap", "nap_weights", "seconds"]
+__all__ = ["WIDTH", "Nap", "nap_in_parts", "seconds"]
 
 WIDTH = 8
 
@@ -35,6 +36,8 @@ class Nap(nn.Module):
 
 
 class _Sleep(torch.autograd.Function):
+    share = 1.0  # of a backward pass that is being done
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward_seconds: float, backward_seconds: float) -> Tensor:
         ctx.seconds = backward_seconds
@@ -43,14 +46,23 @@ class _Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        time.sleep(ctx.seconds)
+        time.sleep(ctx.seconds * _Sleep.share)
         return gradients[0], None, None
 
 
-def nap_weights(engine: Engine, span: float) -> None:
-    """Let an engine sleep for some seconds where it computes weight gradients by themselves (W)."""
+def nap_in_parts(engine: Engine, span: float) -> None:
+    """Let an engine sleep for half of a backward pass's time where it computes input gradients (I), and in W."""
 
     class Sleeping(Deferral):
+        @contextmanager
+        def inputs(self, key: Hashable) -> Iterator[None]:
+            _Sleep.share = 0.5
+            try:
+                with super().inputs(key):
+                    yield
+            finally:
+                _Sleep.share = 1.0
+
         def weights(self, key: Hashable) -> None:
             time.sleep(span)
             super().weights(key)

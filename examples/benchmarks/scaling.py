@@ -40,7 +40,7 @@ def measure(rank: int, world: int, args: Any) -> list[list[float]]:
     import torch
     from contenders import RACES, Ours, Task, chain, take_turns
     from lines import Line
-    from naps import WIDTH, Nap, nap_weights
+    from naps import WIDTH, Nap, nap_in_parts
     from torch import nn
     from torch.nn import functional as F
 
@@ -51,11 +51,10 @@ def measure(rank: int, world: int, args: Any) -> list[list[float]]:
         if race.ours not in args.schedules:
             continue
         stages = race.stages(world)
-        kinds = {action.kind for row in race.table(args.microbatches, world) for action in row}
-        model = nn.Sequential(*(Nap(span, span if "I" in kinds else 2 * span) for _ in stages))
+        model = nn.Sequential(*(Nap(span, 2 * span) for _ in stages))
         line = Line(rank, world)
         ours = Ours(line, race, model, chain(model), Task(batch, batch, F.mse_loss, args.microbatches))
-        nap_weights(ours.engine, span)
+        nap_in_parts(ours.engine, span)
         found += take_turns([ours], 1, args.steps, args.warm_up)
         line.close()
     return found

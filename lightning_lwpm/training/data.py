@@ -8,12 +8,12 @@
     to those who have used them before           given is a placeholder, fetched when a layer touches it
 
 In evaluation rank 0 reads and sends a few batches ahead, because it holds the last stage: the first stages work on
-them meanwhile. In training it sends when Lightning moves the batch to the device.
+them meanwhile. In training it does so where batches overlap; else it sends when Lightning moves a batch to the device.
 """
 
 import copy
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -27,18 +27,11 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
+from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Upcoming
 from lightning_lwpm.training.loop import Loop
-from lightning_lwpm.training.private import forget_indices
+from lightning_lwpm.training.tickets import Key, Ticket, map_tickets, tickets
 
-__all__ = ["Feed", "Ticket", "has_tickets"]
-
-
-class Ticket:
-    """Stands for a batch on its way through Lightning's loop to ``batch_to_device``."""
-
-    def __init__(self, value: Any = None, number: int = 0) -> None:
-        self.value = value  # on the reading rank: the batch, if it has been sent ahead
-        self.number = number  # elsewhere: the number under which it was sent ahead; 0 if it will be sent later
+__all__ = ["Feed"]
 
 
 class Feed:
@@ -48,11 +41,14 @@ class Feed:
         mailbox: The control connections.
         loop: What Lightning's loop is doing.
         ahead: How many batches are read and sent ahead in evaluation.
+        train_ahead: The same in training.
     """
 
-    def __init__(self, mailbox: Mailbox, loop: Loop, ahead: int) -> None:
+    def __init__(self, mailbox: Mailbox, loop: Loop, ahead: int, train_ahead: int = 0) -> None:
         self.mailbox, self.loop, self.ahead, self.device = mailbox, loop, ahead, loop.device
         self.reads = mailbox.rank == 0
+        self.train_ahead = train_ahead
+        self._upcoming: Upcoming | None = None
         self._streams = 0
         self._number = {"train": 0, "ahead": 0}
         self._sent: dict[tuple[str, int], Batch] = {}
@@ -66,13 +62,13 @@ class Feed:
         """The loader that this rank iterates in the place of ``loader``; it still is a DataLoader if that was one."""
         stream = self._streams
         self._streams += 1
-        mixin = _Source if self.reads else _Shadow
+        mixin = Source if self.reads else Shadow
         if isinstance(loader, DataLoader):
             kind: Any = type(type(loader).__name__, (mixin, type(loader)), {})
             wrapped = kind.__new__(kind)  # a shallow copy: the user's own loader stays as it is
             wrapped.__dict__.update(loader.__dict__)
         else:
-            wrapped = type("Pipelined" + type(loader).__name__, (mixin, _Proxy), {})(loader)
+            wrapped = type("Pipelined" + type(loader).__name__, (mixin, Proxy), {})(loader)
         wrapped.__dict__["_lwpm"] = (self, stream, [0], [])
         return wrapped
 
@@ -81,7 +77,7 @@ class Feed:
         dataset: Any = getattr(loader, "dataset", None)
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
-            return loader.peek() if isinstance(loader, _Source) else next(iter(loader))
+            return loader.peek() if isinstance(loader, Source) else next(iter(loader))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
         indices = next(iter(sampler))
         fetch = getattr(dataset, "__getitems__", None)
@@ -96,18 +92,39 @@ class Feed:
             batch: What the loader of this rank gave.
             transfer: Moves a raw batch to the device, on the reading rank.
         """
-        tickets = list(_tickets(batch))
-        if not tickets:
+        found = list(tickets(batch))
+        if not found:
             self._number["train"] += 1
             batch = transfer(batch)
             self._send(("train", self._number["train"]), batch)
             return batch
+        if len(found) > 1 and self.train_ahead and not self.loop.evaluating():
+            raise ConfigurationError(
+                f'{len(found)} training dataloaders cannot be read ahead: with schedule="async" use one, or an exact '
+                "schedule"
+            )
         if self.reads:
-            return _map(batch, lambda ticket: ticket.value)
-        if all(ticket.number for ticket in tickets):
-            return _map(batch, lambda ticket: self._take(("ahead", ticket.number)))
+            return map_tickets(batch, lambda ticket: ticket.value)
+        if all(ticket.key is not None for ticket in found):
+            return map_tickets(batch, self._value)
         self._number["train"] += 1
         return self._take(("train", self._number["train"]))
+
+    def peek(self, index: int) -> Any:
+        """A training batch to come, on the device; ``None`` where the epoch ends before.
+
+        Args:
+            index: 0 for the next one; less than ``train_ahead``.
+        """
+        assert self._upcoming is not None
+        ticket = self._upcoming.ticket(index)
+        return None if ticket is None else self._value(ticket)
+
+    def _value(self, ticket: Ticket) -> Any:
+        if ticket.value is None:
+            assert ticket.key is not None
+            ticket.value = self._take(ticket.key)
+        return ticket.value
 
     def used(self, kind: str) -> None:
         """Every stage has begun with the oldest batch of a kind ("train" or "ahead"): its leaves can go."""
@@ -131,11 +148,16 @@ class Feed:
                     f"{type(error).__name__}: {error}. Leave it out of the batch, in the dataset or the `collate_fn`."
                 ) from error
 
-    def send_ahead(self, value: Any) -> int:
-        """Send a batch of an evaluation before its turn; returns its number."""
-        self._number["ahead"] += 1
-        self._send(("ahead", self._number["ahead"]), value)
-        return self._number["ahead"]
+    def send_ahead(self, kind: str, value: Any) -> Key:
+        """Send a batch before its turn; returns under what."""
+        self._number[kind] += 1
+        key = (kind, self._number[kind])
+        self._send(key, value)
+        return key
+
+    def look_ahead(self, upcoming: Upcoming) -> None:
+        """Take the training batches to come from an iteration that has begun."""
+        self._upcoming = upcoming
 
     def forget_ahead(self) -> None:
         """A new evaluation begins: what the last one left unused is dropped."""
@@ -174,154 +196,3 @@ class Feed:
             raise PipelineError(f"rank {rank} asked for leaf {index} of batch {number} after its end")
         self._wanted[rank, batch.structure()].add(index)
         self.mailbox.post(source, "leaf", key, batch.leaves[index])
-
-
-class _Proxy:
-    """Passes everything on to an iterable that is no DataLoader."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_inner"], name)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._inner)
-
-
-class _Source:
-    """Iterates the real data and tells the other ranks, batch by batch, that there is one more."""
-
-    _lwpm: tuple[Feed, int, list[int], list[Any]]
-
-    def peek(self) -> Any:
-        """The first batch of the iteration that has begun, or is about to; a stream read once loses nothing."""
-        current = self._lwpm[3]
-        if not current:
-            current[:] = [_Items(super().__iter__(), pending=True)]  # type: ignore[misc]
-        return current[0].peek()
-
-    def __iter__(self) -> Iterator[Any]:
-        feed, stream, rounds, current = self._lwpm
-        rounds[0] += 1
-        if not (current and current[0].pending):
-            # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
-            current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
-        current[0].pending = False
-        run = self._evaluation if feed.loop.evaluating() else self._training
-        return run(stream, rounds[0], current[0])
-
-    def _training(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
-        feed = self._lwpm[0]
-        count = 0
-        for item in items:
-            feed.mailbox.post_all("more", (stream, turn, count), 0)
-            count += 1
-            yield item
-        feed.mailbox.post_all("more", (stream, turn, count), None)
-
-    def _evaluation(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
-        feed = self._lwpm[0]
-        feed.forget_ahead()
-        window: deque[Ticket] = deque()
-        index = feed.loop.index(self)
-        limit = feed.loop.limit(index)
-        count = 0
-        while True:
-            while len(window) <= feed.ahead and count < limit:
-                item = next(items, _END)
-                if item is _END:
-                    limit = count
-                    break
-                value = feed.loop.transfer(item, index)
-                number = feed.send_ahead(value)
-                feed.mailbox.post_all("more", (stream, turn, count), number)
-                window.append(Ticket(value))
-                count += 1
-            if not window:
-                feed.mailbox.post_all("more", (stream, turn, count), None)
-                return
-            yield window.popleft()
-
-
-_END = object()
-
-
-class _Items:
-    """An iterator of which the first item can be looked at."""
-
-    def __init__(self, iterator: Iterator[Any], pending: bool = False) -> None:
-        self.iterator = iterator
-        self.pending = pending  # looked at before anybody iterates: the next to iterate takes this one
-        self._first: list[Any] = []
-        self._waits = False
-
-    def peek(self) -> Any:
-        """The first item, whether it has been taken or not."""
-        if not self._first:
-            self._first = [next(self.iterator)]
-            self._waits = True
-        return self._first[0]
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._waits:
-            self._waits = False
-            return self._first[0]
-        item = next(self.iterator)
-        self._first = self._first or [item]
-        return item
-
-
-class _Shadow:
-    """Iterates tickets for the batches that rank 0 announces; reads no data and starts no workers."""
-
-    _lwpm: tuple[Feed, int, list[int], list[Any]]
-
-    def __iter__(self) -> Iterator[Any]:
-        feed, stream, rounds, _ = self._lwpm
-        rounds[0] += 1
-        forget_indices(self)
-        return self._tickets(feed, stream, rounds[0])
-
-    @staticmethod
-    def _tickets(feed: Feed, stream: int, turn: int) -> Iterator[Any]:
-        count = 0
-        while True:
-            what = f"word from rank 0 whether there is a batch {count}"
-            number = feed.mailbox.take("more", (stream, turn, count), what)
-            if number is None:
-                return
-            yield Ticket(number=number)
-            count += 1
-
-
-def _tickets(batch: Any) -> Iterator[Ticket]:
-    if isinstance(batch, Ticket):
-        yield batch
-    elif isinstance(batch, dict):
-        for item in batch.values():
-            yield from _tickets(item)
-    elif isinstance(batch, list | tuple):
-        for item in batch:
-            yield from _tickets(item)
-
-
-def has_tickets(batch: Any) -> bool:
-    return next(_tickets(batch), None) is not None
-
-
-def _map(batch: Any, fn: Callable[[Ticket], Any]) -> Any:
-    if isinstance(batch, Ticket):
-        return fn(batch)
-    if isinstance(batch, dict):
-        return {key: _map(item, fn) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [_map(item, fn) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch

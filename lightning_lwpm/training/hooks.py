@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.training.data import has_tickets
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, epoch_of
+from lightning_lwpm.training.tickets import has_tickets
 
 __all__ = ["Hooks"]
 

@@ -46,6 +46,10 @@ class Loop:
         _, limits = self._evaluation()
         return limits[index] if index < len(limits) else float("inf")
 
+    def training_limit(self) -> float:
+        """How many batches of an epoch the loop will use."""
+        return self.trainer.num_training_batches
+
     def _evaluation(self) -> tuple[Any, list[float]]:
         trainer, stage = self.trainer, self.trainer.state.stage
         if stage == RunningStage.SANITY_CHECKING:

@@ -3,6 +3,7 @@
 `tests/training/test_private_names.py` fails with the name where a new version of Lightning lacks one of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch.trainer.trainer
@@ -12,10 +13,12 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch import Tensor
+from torch.optim import Optimizer
 
 __all__ = [
     "BEFORE_TRANSFER",
@@ -26,13 +29,16 @@ __all__ = [
     "TunerExit",
     "accept_compiled",
     "adopt_epoch",
+    "after_closure",
     "before_transfer",
     "epoch_of",
     "epoch_values",
     "first_loaders",
+    "forget_after_closure",
     "forget_indices",
     "init_connection",
     "optimizers_to_device",
+    "saves_every",
     "skips_backward",
     "transfer",
 ]
@@ -71,6 +77,30 @@ def forget_indices(loader: Any) -> None:
 def skips_backward(trainer: Trainer) -> bool:
     """Whether this pass over the data only updates BatchNorm, as stochastic weight averaging has it."""
     return trainer.fit_loop._skip_backward
+
+
+def saves_every(trainer: Trainer) -> list[int]:
+    """After how many steps each checkpoint callback saves; 0 for those that save at other times."""
+    return [getattr(callback, "_every_n_train_steps", 0) or 0 for callback in trainer.checkpoint_callbacks]
+
+
+def after_closure(plugin: Precision, then: Callable[[], None]) -> None:
+    """Call ``then`` in each optimizer's step once gradients are there and clipped, before the optimizer uses them.
+
+    The hooks of torch's optimizers come before the closure or after the step.
+    """
+    before = plugin._after_closure
+
+    def after(model: LightningModule, optimizer: Optimizer) -> None:
+        before(model, optimizer)
+        then()
+
+    plugin.__dict__["_after_closure"] = after
+
+
+def forget_after_closure(plugin: Precision) -> None:
+    """Undo :func:`after_closure`."""
+    plugin.__dict__.pop("_after_closure", None)
 
 
 def first_loaders(loop: Any) -> Any:

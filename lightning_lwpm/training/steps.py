@@ -4,6 +4,7 @@ Lightning calls ``training_step``, then ``zero_grad``, then ``backward``. The wh
 the gradients wait in a :class:`~lightning_lwpm.training.gradients.Stash` for the last one.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
+from lightning_lwpm.pipeline.asynchronous.continuous import Work
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import is_placeholder
@@ -23,9 +25,43 @@ from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.logs import LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
+from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
 
 __all__ = ["Steps"]
+
+
+class _Pass:
+    """The passes of one training batch.
+
+    Args:
+        steps: Those of the run.
+        batch: The batch.
+        args: Further arguments of the user's step.
+    """
+
+    def __init__(self, steps: "Steps", batch: Any, args: tuple[Any, ...]) -> None:
+        self.steps, self.args = steps, args
+        self.split = Batch.of(batch, steps.count)
+        self.losses: list[Tensor] = []
+        self.scaler = getattr(steps.precision, "scaler", None)
+
+    def forward(self, micro: Any, i: int) -> Any:
+        """The user's step on micro-batch ``i``."""
+        steps = self.steps
+        steps.book.microbatch(self.split.sizes[i], steps.engine.at_last)
+        with steps.precision.train_step_context(), steps.metrics.in_step(steps.current()):
+            out = steps.module.training_step(micro, *self.args)
+        if steps.engine.at_last:
+            self.losses.append(loss_of(out))
+        return out
+
+    def backward(self, out: Any, i: int) -> None:
+        """The backward pass of micro-batch ``i``."""
+        losses, steps = self.losses, self.steps
+        loss = losses[i] if len(losses) == 1 == len(self.split) else losses[i] * self.split.weights[i]
+        loss = loss / steps.trainer.accumulate_grad_batches  # as Lightning does, to the bit
+        steps.module.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
 
 class Steps:
@@ -39,6 +75,7 @@ class Steps:
         hooks: The user's hooks; ``None`` with one rank.
         precision: Lightning's precision plugin.
         count: Number of micro-batches.
+        overlap: Lets batches overlap; ``None`` where they do not.
     """
 
     def __init__(
@@ -50,11 +87,13 @@ class Steps:
         hooks: Hooks | None,
         precision: Precision,
         count: int,
+        overlap: Overlap | None = None,
     ) -> None:
-        self.trainer, self.module, self.feed = trainer, module, feed
+        self.trainer, self.module, self.feed, self.overlap = trainer, module, feed, overlap
         self.hooks, self.precision, self.count, self.mailbox = hooks, precision, count, engine.mailbox
         self.book = LogBook(module, self.mailbox)
         self._turn = 0
+        self._begun: deque[_Pass] = deque()  # of batches to come
         self.attach(engine)
 
     def attach(self, engine: Engine) -> None:
@@ -66,32 +105,31 @@ class Steps:
 
     def train(self, batch: Any, *args: Any) -> Any:
         """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""
-        split = Batch.of(batch, self.count)
-        losses: list[Tensor] = []
-        accumulated = self.trainer.accumulate_grad_batches
-        scaler = getattr(self.precision, "scaler", None)
-
-        def forward(micro: Any, i: int) -> Any:
-            self.book.microbatch(split.sizes[i], self.engine.at_last)
-            with self.precision.train_step_context(), self.metrics.in_step(self._step()):
-                out = self.module.training_step(micro, *args)
-            if self.engine.at_last:
-                losses.append(loss_of(out))
-            return out
-
-        def backward(out: Any, i: int) -> None:
-            loss = losses[i] if len(losses) == 1 == len(split) else losses[i] * split.weights[i]
-            loss = loss / accumulated  # as Lightning does, to the bit
-            self.module.backward(loss if scaler is None else scaler.scale(loss))
-
-        self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % accumulated == 0)
+        run = self._begun.popleft() if self._begun else _Pass(self, batch, args)
+        self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0)
         with self.book.recording():
             if skips_backward(self.trainer):
-                outputs = self.engine.evaluate(split, forward, self._fetcher(split), "train")
+                outputs = self.engine.evaluate(run.split, run.forward, self._fetcher(run.split), "train")
+            elif self.overlap is not None:
+                outputs = self.overlap.train(self._work(run, 0), lambda i: self._following(i, args))
             else:
-                outputs = self.engine.train(split, forward, backward, self._fetcher(split))
+                outputs = self.engine.train(run.split, run.forward, run.backward, self._fetcher(run.split))
         self.stash.end()
-        return self._share(split, outputs, losses)
+        return self._share(run.split, outputs, run.losses)
+
+    def _following(self, index: int, args: tuple[Any, ...]) -> Work | None:
+        """The batch that comes after ``index`` others, of which passes may be begun."""
+        if index == len(self._begun):
+            batch = self.feed.peek(index)
+            if batch is None:
+                return None
+            number = (args[0] + index + 1,) if args and isinstance(args[0], int) else args[:1]  # of the batch
+            self._begun.append(_Pass(self, batch, (*number, *args[1:])))
+        return self._work(self._begun[index], index + 1)
+
+    def _work(self, run: "_Pass", ahead: int) -> Work:
+        assert self.overlap is not None
+        return Work(run.split, self.overlap.step_of(ahead), run.forward, run.backward, self._fetcher(run.split))
 
     def _share(self, split: Batch, outputs: list[Any], losses: list[Tensor]) -> Any:
         """Give the loss and the logs of a batch to every rank, and log them there."""
@@ -124,10 +162,12 @@ class Steps:
             What the step returned, on rank 0. Other ranks get it only where a callback of the user may look at it,
             because they would have to wait for rank 0 in each batch.
         """
+        if self.overlap is not None:
+            self.overlap.settle()
         split = Batch.of(batch, 1)
 
         def forward(micro: Any, _: int) -> Any:
-            step = self._step()
+            step = self.current()
             with context(), self.metrics.in_step(step), self.book.in_evaluation(step, self.engine.at_last):
                 return getattr(self.module, name)(micro, *args)
 
@@ -142,7 +182,7 @@ class Steps:
     def _outputs_wanted(self, hook: str) -> bool:
         return self.hooks is not None and self.hooks.outputs_wanted(hook)
 
-    def _step(self) -> StagedStep | None:
+    def current(self) -> StagedStep | None:
         """The step that runs now."""
         return self.engine.executor.step if self.engine.executor is not None else None
 

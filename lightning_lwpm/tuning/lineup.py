@@ -22,7 +22,7 @@ __all__ = ["FEWEST", "MOST", "Lineup", "called_again", "lineups"]
 FEWEST = {"interleaved_1f1b": 2, "zbv": 2}
 """The stages that a rank needs for a schedule; one suffices for all others."""
 
-MOST = {"zbv": 2}
+MOST = {"zbv": 2, "async": 1}
 """The stages that a rank can have in a schedule; all others take any number."""
 
 
@@ -66,7 +66,7 @@ def lineups(wish: Wish, num_ranks: int, places: int, train: bool = True) -> list
         each = stages / min(stages, num_ranks)
         if wish.schedule == "auto" and not FEWEST.get(name, 1) <= each <= MOST.get(name, each):
             continue
-        style = "v" if POLICIES[name].style == "v" else "loop"
+        style = "v" if name in POLICIES and POLICIES[name].style == "v" else "loop"
         found.append(Lineup(name, tuple(place(stages, min(stages, num_ranks), style))))
     return list(dict.fromkeys(found))
 
@@ -80,7 +80,7 @@ def called_again(look: Look, seen: Probe, wish: Wish, num_ranks: int) -> list[Li
         wish: What the user asked for.
         num_ranks: Number of ranks.
     """
-    if wish.partition != "auto" or wish.virtual_stages != "auto" or wish.schedule in FEWEST:
+    if wish.partition != "auto" or wish.virtual_stages != "auto" or wish.schedule in (*FEWEST, "async"):
         return []
     found = again(look.timeline, look.costs.work, seen.parameters.values(), num_ranks)
     if found is None:

@@ -19,10 +19,11 @@ def in_flight(schedule: str, ranks: tuple[int, ...], num_microbatches: int) -> t
 
     Args:
         schedule: Its name. ``"auto"`` keeps what there is room for; to see whether a plan fits, as few as ``"1f1b"``.
+            ``"async"`` is ``"1f1b"`` without an end.
         ranks: The rank of each stage.
         num_microbatches: Number of micro-batches.
     """
-    name = "1f1b" if schedule == "auto" else schedule
+    name = "1f1b" if schedule in ("auto", "async") else schedule
     table = build(name, len(ranks), num_microbatches, max(ranks) + 1, ranks)
     return simulate(table, ranks).peak_kept
 
@@ -33,13 +34,15 @@ def table_of(plan: PartitionPlan, schedule: str) -> Callable[[int], Table]:
     Args:
         plan: The plan.
         schedule: Its name; ``"auto"`` orders actions by the seconds of the plan's stages and links, in the room that
-            devices have for micro-batches in flight.
+            devices have for micro-batches in flight. The table of ``"async"`` is that of a batch by itself.
     """
     memory = Memory([stage.microbatch_bytes for stage in plan.stages], plan.room) if plan.room else None
 
     def table(count: int) -> Table:
         if schedule != "auto":
-            return build(schedule, len(plan.stages), count, plan.num_ranks, plan.ranks)
+            return build(
+                "1f1b" if schedule == "async" else schedule, len(plan.stages), count, plan.num_ranks, plan.ranks
+            )
         costs, latency = seconds_of(plan), latency_of(plan)
         return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory)
 
@@ -55,6 +58,9 @@ def predict(plan: PartitionPlan, schedule: str, num_microbatches: int, measured:
         num_microbatches: Number of micro-batches.
         measured: How many of the layer calls have been measured.
     """
+    if schedule == "async":  # no stage waits but for the slowest
+        busy = [num_microbatches * (stage.forward_seconds + stage.backward_seconds) for stage in plan.stages]
+        return Prediction(num_microbatches, schedule, max(busy), 1 - sum(busy) / (len(busy) * max(busy)), measured)
     run = simulate(table_of(plan, schedule)(num_microbatches), plan.ranks, seconds_of(plan), latency_of(plan))
     return Prediction(num_microbatches, schedule, run.makespan, run.bubble, measured)
 

@@ -21,11 +21,13 @@ class Delay:
         stage: The stage, from 0 on the side of the input.
         num_stages: Number of stages.
         num_microbatches: Micro-batches of a batch, which are those between two steps.
+        limit: The most steps that a gradient may be late; ``None`` for any.
     """
 
     stage: int
     num_stages: int
     num_microbatches: int
+    limit: int | None = None
 
     @property
     def ahead(self) -> int:
@@ -35,16 +37,18 @@ class Delay:
     @property
     def mean(self) -> float:
         """Steps that a gradient is late, on average over the micro-batches of a batch."""
-        return self.ahead / self.num_microbatches
+        m = self.num_microbatches
+        return sum(min(-((i - self.ahead) // m), self._limit) for i in range(m) if i < self.ahead) / m
 
     @property
     def most(self) -> int:
         """Steps that a gradient is late at most."""
-        return -(-self.ahead // self.num_microbatches)
+        return min(-(-self.ahead // self.num_microbatches), self._limit)
 
     def forward_version(self, microbatch: int) -> int:
         """The version that the forward pass of a micro-batch uses; micro-batches are counted since the last drain."""
-        return max(0, microbatch - self.ahead) // self.num_microbatches
+        late = max(0, microbatch - self.ahead) // self.num_microbatches
+        return max(late, self.backward_version(microbatch) - self._limit)
 
     def backward_version(self, microbatch: int) -> int:
         """The version that is there when the backward pass of a micro-batch runs."""
@@ -53,3 +57,7 @@ class Delay:
     def crossed(self, microbatch: int) -> int:
         """Steps of the stage between the forward and the backward pass of a micro-batch, counted alike."""
         return self.backward_version(microbatch) - self.forward_version(microbatch)
+
+    @property
+    def _limit(self) -> int:
+        return self.ahead if self.limit is None else self.limit

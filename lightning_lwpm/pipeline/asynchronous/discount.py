@@ -36,7 +36,7 @@ class Discount(Correction):
 
     @override
     def before_step(self) -> None:
-        if self.divisor == 1:
+        if self.divisor == 1 or not self.late:
             return
         factor = self.divisor ** -max(0.0, 1 - self._done / self.steps)
         self._done += 1

@@ -1,13 +1,13 @@
 """Writes to weights that graphs of micro-batches in flight still refer to."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-__all__ = ["exchanged", "writable"]
+__all__ = ["exchanged", "unnoticed", "writable"]
 
 
 @contextmanager
@@ -17,8 +17,13 @@ def writable(parameters: Sequence[Tensor]) -> Iterator[None]:
     A backward pass then multiplies the gradient by the weights of its own time, and the activations of its forward
     pass: no weights are kept for it (the "perf" mode of PACI, arXiv 2606.07881).
     """
-    with torch.no_grad(), _unsafe_preserve_version_counter(tuple(parameters)):
+    with torch.no_grad(), unnoticed(parameters):
         yield
+
+
+def unnoticed(parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """As :func:`writable`, for code that says itself where gradients are recorded: an optimizer's step."""
+    return _unsafe_preserve_version_counter(tuple(parameters))
 
 
 @contextmanager

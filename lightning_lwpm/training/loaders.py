@@ -1,0 +1,201 @@
+"""Loaders that take the place of the user's: rank 0 iterates the real one, every other rank what rank 0 announces.
+
+::
+
+    exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device
+    read ahead           rank 0 transfers and sends some batches before their turn; others may look at those to come
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning_lwpm.training.private import forget_indices
+from lightning_lwpm.training.tickets import Key, Ticket
+
+if TYPE_CHECKING:
+    from lightning_lwpm.training.data import Feed
+
+__all__ = ["Proxy", "Shadow", "Source", "Upcoming"]
+
+
+class Proxy:
+    """Passes everything on to an iterable that is no DataLoader."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_inner"], name)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._inner)
+
+
+class Source:
+    """Iterates the real data and tells the other ranks, batch by batch, that there is one more."""
+
+    _lwpm: "tuple[Feed, int, list[int], list[Any]]"
+
+    def peek(self) -> Any:
+        """The first batch of the iteration that has begun, or is about to; a stream read once loses nothing."""
+        current = self._lwpm[3]
+        if not current:
+            current[:] = [_Items(super().__iter__(), pending=True)]  # type: ignore[misc]
+        return current[0].peek()
+
+    def __iter__(self) -> Iterator[Any]:
+        feed, stream, rounds, current = self._lwpm
+        rounds[0] += 1
+        if not (current and current[0].pending):
+            # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
+            current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
+        current[0].pending = False
+        training = not feed.loop.evaluating()
+        if training and not feed.train_ahead:
+            return self._training(stream, rounds[0], current[0])
+        window = _Window(feed, self, (stream, rounds[0]), current[0], "train" if training else "ahead")
+        if training:
+            feed.look_ahead(window)
+        return iter(window)
+
+    def _training(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
+        feed = self._lwpm[0]
+        count = 0
+        for item in items:
+            feed.mailbox.post_all("more", (stream, turn, count), _LATER)
+            count += 1
+            yield item
+        feed.mailbox.post_all("more", (stream, turn, count), None)
+
+
+_END = object()
+_LATER: Key = ("", 0)  # a batch that is sent when its turn has come
+
+
+class Upcoming(Protocol):
+    """An iteration of which the tickets to come can be looked at."""
+
+    def ticket(self, index: int) -> Ticket | None:
+        """The ticket that comes after ``index`` others; ``None`` if there are not as many."""
+
+
+class _Window:
+    """Reads and sends batches ahead, and tells the other ranks of them, before Lightning's loop gets them.
+
+    Args:
+        feed: Sends them.
+        loader: The loader that is iterated.
+        place: Names the iteration.
+        items: The batches.
+        kind: "train" or "ahead".
+    """
+
+    def __init__(self, feed: "Feed", loader: Any, place: tuple[int, int], items: "_Items", kind: str) -> None:
+        self.feed, self.loader, self.place, self.items, self.kind = feed, loader, place, items, kind
+        self.window: deque[Ticket] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        feed, count, index, ended = self.feed, 0, 0, False
+        limit, ahead = feed.loop.training_limit(), feed.train_ahead
+        if self.kind == "ahead":
+            feed.forget_ahead()
+            index, ahead = feed.loop.index(self.loader), feed.ahead
+            limit = feed.loop.limit(index)
+        while True:
+            while len(self.window) <= ahead and not ended:
+                item = next(self.items, _END) if count < limit else _END
+                if item is _END:
+                    ended = True
+                    if self.kind == "train":  # somebody may look for the next one already
+                        feed.mailbox.post_all("more", (*self.place, count), None)
+                    break
+                value = feed.loop.transfer(item, index)
+                key = feed.send_ahead(self.kind, value)
+                feed.mailbox.post_all("more", (*self.place, count), key)
+                self.window.append(Ticket(value, key))
+                count += 1
+            if not self.window:
+                if self.kind != "train":
+                    feed.mailbox.post_all("more", (*self.place, count), None)
+                return
+            yield self.window.popleft()
+
+    def ticket(self, index: int) -> Ticket | None:
+        """See :class:`Upcoming`."""
+        return self.window[index] if index < len(self.window) else None
+
+
+class _Items:
+    """An iterator of which the first item can be looked at."""
+
+    def __init__(self, iterator: Iterator[Any], pending: bool = False) -> None:
+        self.iterator = iterator
+        self.pending = pending  # looked at before anybody iterates: the next to iterate takes this one
+        self._first: list[Any] = []
+        self._waits = False
+
+    def peek(self) -> Any:
+        """The first item, whether it has been taken or not."""
+        if not self._first:
+            self._first = [next(self.iterator)]
+            self._waits = True
+        return self._first[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._waits:
+            self._waits = False
+            return self._first[0]
+        item = next(self.iterator)
+        self._first = self._first or [item]
+        return item
+
+
+class Shadow:
+    """Iterates tickets for the batches that rank 0 announces; reads no data and starts no workers."""
+
+    _lwpm: "tuple[Feed, int, list[int], list[Any]]"
+
+    def __iter__(self) -> Iterator[Any]:
+        feed, stream, rounds, _ = self._lwpm
+        rounds[0] += 1
+        forget_indices(self)
+        announced = _Announced(feed, (stream, rounds[0]))
+        if feed.train_ahead and not feed.loop.evaluating():
+            feed.look_ahead(announced)
+        return iter(announced)
+
+
+class _Announced:
+    """The tickets of the batches that rank 0 announces.
+
+    Args:
+        feed: Hears of them.
+        place: Names the iteration.
+    """
+
+    def __init__(self, feed: "Feed", place: tuple[int, int]) -> None:
+        self.feed, self.place = feed, place
+        self.known: deque[Ticket] = deque()
+        self.count, self.ended = 0, False
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.ticket(0) is not None:
+            yield self.known.popleft()
+
+    def ticket(self, index: int) -> Ticket | None:
+        """See :class:`Upcoming`."""
+        while len(self.known) <= index and not self.ended:
+            what = f"word from rank 0 whether there is a batch {self.count}"
+            key = self.feed.mailbox.take("more", (*self.place, self.count), what)
+            self.count += 1
+            self.ended = key is None
+            if key is not None:
+                self.known.append(Ticket(key=key if key != _LATER else None))
+        return self.known[index] if index < len(self.known) else None

@@ -1,0 +1,179 @@
+"""Asynchronous training in Lightning: exact where it drains, resumed as if never interrupted, in the usual order."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from training.modules import Classifier, Recorder, data, train_loader, val_loader
+from training.runs import Runs, same, weights
+
+from lightning_lwpm import ConfigurationError, LWPMStrategy
+
+
+class Normed(Classifier):
+    """With running statistics in the first layers."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        width = self.hparams.width
+        self.blocks[0] = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.2))
+
+
+class Notes(Callback):
+    """Counters and rates after each batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rows.append((trainer.global_step, trainer.fit_loop.batch_idx, rate))
+
+
+def fit(kwargs: dict[str, Any], module: Any = Classifier, batches: int = 12, callback: Any = None, **more: Any) -> Any:
+    L.seed_everything(3)
+    own, recorder, notes = module(), Recorder(), Notes()
+    ckpt_path, loader = more.pop("ckpt_path", None), more.pop("loader", None)
+    options: dict[str, Any] = {
+        "max_epochs": 2,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": 0.5,
+        "val_check_interval": 5,
+        "callbacks": [notes, *([callback] if callback else [])],
+        **more,
+    }
+    trainer = L.Trainer(**{**kwargs, **options, "logger": recorder})
+    trainer.fit(own, loader or train_loader(16 * batches - 5, 16), val_loader(), ckpt_path=ckpt_path)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"weights": weights(own), "notes": notes.rows, "metrics": metrics, "steps": trainer.global_step}
+
+
+def exact(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs)
+
+
+def accumulated(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, accumulate_grad_batches=2)
+
+
+def normed(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, Normed)
+
+
+@pytest.mark.parametrize("scenario", [exact, accumulated, normed])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_staleness": 0},
+        {"exact_warmup_steps": 1000},
+        {"exact_final_steps": 1000},
+        {"drain_every_n_steps": 1, "staleness_correction": "none"},
+    ],
+)
+def test_drained_at_every_step_it_is_the_exact_schedule(
+    runs: Runs, scenario: Any, world: int, options: dict[str, Any]
+) -> None:
+    expected = runs.on(world, scenario, 4, schedule="1f1b")
+    found = runs.on(world, scenario, 4, schedule="async", **options)
+    for one, other in zip(expected, found, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize("scenario", [exact, accumulated, normed])
+@pytest.mark.parametrize(("world", "count"), [(2, 1), (3, 2), (3, 5)])
+def test_counters_and_rates_are_those_of_one_device(runs: Runs, scenario: Any, world: int, count: int) -> None:
+    expected = runs.on(1, scenario, count)[0]
+    for found in runs.on(world, scenario, count, schedule="async"):
+        same(expected["notes"], found["notes"])
+        assert found["steps"] == expected["steps"]
+        assert found["metrics"]["val/loss"] < 0.5  # 1.1 at the beginning
+
+
+class Saves(Callback):
+    """Saves after a batch of which nobody knew before."""
+
+    def __init__(self, path: str, after: int) -> None:
+        self.path, self.after = path, after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.after:
+            trainer.save_checkpoint(self.path)
+
+
+def alike() -> DataLoader:
+    """Twelve times the same batch: where an epoch goes on, Lightning begins with the first batch again."""
+    x, y = data(16).tensors
+    return DataLoader(TensorDataset(x.repeat(12, 1), y.repeat(12)), 16)
+
+
+def long(kwargs: dict[str, Any], **more: Any) -> Any:
+    return fit(kwargs, loader=alike(), max_epochs=1, max_steps=12, val_check_interval=1.0, **more)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize(("world", "count"), [(2, 1), (3, 2)])
+def test_a_resumed_run_goes_on_as_the_one_that_saved(
+    runs: Runs, tmp_path: Path, world: int, count: int, planned: bool
+) -> None:
+    path = str(tmp_path / "saved.ckpt")
+
+    def saving(kwargs: dict[str, Any]) -> Any:
+        every = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=5, save_top_k=1, enable_version_counter=False)
+        return long({**kwargs, "enable_checkpointing": planned}, callback=every if planned else Saves(path, 5))
+
+    def going_on(kwargs: dict[str, Any]) -> Any:
+        return long(kwargs, ckpt_path=path)
+
+    whole = runs.on(world, saving, count, schedule="async")
+    saved = torch.load(path, weights_only=False)
+    if planned:
+        assert saved["global_step"] in (5, 10)
+    assert saved["lwpm_async"]["state"]
+    rest = runs.on(world, going_on, count, schedule="async")
+    same(whole[0]["weights"], rest[0]["weights"])
+
+
+def test_what_the_checkpoint_and_the_end_hold_are_base_weights(runs: Runs, tmp_path: Path) -> None:
+    path = str(tmp_path / "last.ckpt")
+
+    def saving(kwargs: dict[str, Any]) -> Any:
+        return fit({**kwargs, "enable_checkpointing": False}, callback=Saves(path, 12), max_epochs=1)
+
+    found = runs.on(3, saving, 2, schedule="async")[0]
+    same(torch.load(path, weights_only=False)["state_dict"], found["weights"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "async", "max_staleness": -1}, "max_staleness=-1: pass a number of steps"),
+        ({"schedule": "async", "staleness_correction": "magic"}, "'magic' is not known; choose one of 'none'"),
+        ({"schedule": "async", "virtual_stages": 2}, "virtual_stages=2: the schedule 'async' needs"),
+        ({"schedule": "async", "repartition_every_n_epochs": 1}, "layers cannot move while batches overlap"),
+        ({"drain_every_n_steps": 5}, "drain_every_n_steps=5 is of asynchronous training, but schedule='auto'"),
+        ({"schedule": "asink"}, "Did you mean 'async'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LWPMStrategy(**options)
+
+
+def two_loaders(kwargs: dict[str, Any]) -> None:
+    class Two(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch["a"], batch_idx)
+
+    trainer = L.Trainer(**kwargs, max_epochs=1)
+    trainer.fit(Two(), {"a": train_loader(), "b": train_loader()})
+
+
+def test_two_loaders_are_refused(runs: Runs) -> None:
+    with pytest.raises(Exception, match="2 training dataloaders cannot be read ahead"):
+        runs.on(2, two_loaders, 2, schedule="async")
