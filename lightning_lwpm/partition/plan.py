@@ -81,6 +81,7 @@ class Prediction:
         step_seconds: Forward and backward passes of a batch, without the optimizer.
         bubble: Idle part, from 0 to 1, of the ranks that have a stage.
         measured: How many of the layer calls have been measured; the others are estimated from FLOPs.
+        late: For each stage, how many optimizer steps its gradients are late on average; empty where none is.
     """
 
     num_microbatches: int
@@ -88,6 +89,7 @@ class Prediction:
     step_seconds: float
     bubble: float
     measured: int = 0
+    late: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ class PartitionPlan:
             StagePlan(**{**stage, "calls": tuple((str(name), int(k)) for name, k in stage["calls"])})
             for stage in data["stages"]
         )
-        prediction = Prediction(**data["prediction"]) if data.get("prediction") else None
+        told = data.get("prediction")
+        prediction = Prediction(**{**told, "late": tuple(told.get("late", ()))}) if told else None
         return cls(tuple(stages), data["num_ranks"], prediction, tuple(data.get("room", ())))
 
     def layers(self) -> Iterator[str]:
@@ -196,14 +199,18 @@ class PartitionPlan:
     def _caption(self) -> str:
         """What is expected of the plan, in a sentence."""
         told = self.prediction
-        if told is None or not told.measured:
+        if told is None:
             return ""
+        late = ", ".join(f"{steps:.3g}" for steps in told.late)
+        late = f"Gradients are late, in optimizer steps on average by stage: {late}." if late else ""
+        if not told.measured:
+            return late
         calls = sum(len(stage.calls) for stage in self.stages)
         guessed = calls - told.measured
         source = f" {guessed} of {calls} layer calls are estimated from FLOPs." if guessed else ""
         return (
             f"{told.num_microbatches} micro-batches, {told.schedule}: expected {human_seconds(told.step_seconds)} a "
-            f"batch without the optimizer, bubble {told.bubble:.0%}.{source}"
+            f"batch without the optimizer, bubble {told.bubble:.0%}.{source}{' ' if late else ''}{late}"
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from lightning_lwpm.partition.plan import PartitionPlan, Prediction
+from lightning_lwpm.pipeline.asynchronous.delay import Delay
 from lightning_lwpm.pipeline.schedule import Action, Memory, Table, build
 from lightning_lwpm.pipeline.simulate import bound, simulate
 
@@ -60,7 +61,9 @@ def predict(plan: PartitionPlan, schedule: str, num_microbatches: int, measured:
     """
     if schedule == "async":  # no stage waits but for the slowest
         busy = [num_microbatches * (stage.forward_seconds + stage.backward_seconds) for stage in plan.stages]
-        return Prediction(num_microbatches, schedule, max(busy), 1 - sum(busy) / (len(busy) * max(busy)), measured)
+        bubble = 1 - sum(busy) / (len(busy) * max(busy))
+        late = tuple(Delay(stage, len(busy), num_microbatches).mean for stage in range(len(busy)))
+        return Prediction(num_microbatches, schedule, max(busy), bubble, measured, late)
     run = simulate(table_of(plan, schedule)(num_microbatches), plan.ranks, seconds_of(plan), latency_of(plan))
     return Prediction(num_microbatches, schedule, run.makespan, run.bubble, measured)
 

@@ -24,6 +24,14 @@ class Normed(Classifier):
         self.blocks[0] = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(0.2))
 
 
+class Tied(Classifier):
+    """The first and the last layer have a weight in common."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.blocks[-1][0].weight = self.blocks[0][0].weight
+
+
 class Notes(Callback):
     """Counters and rates after each batch."""
 
@@ -65,7 +73,11 @@ def normed(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, Normed)
 
 
-@pytest.mark.parametrize("scenario", [exact, accumulated, normed])
+def tied(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, Tied)
+
+
+@pytest.mark.parametrize("scenario", [exact, accumulated, normed, tied])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
     "options",
@@ -85,7 +97,17 @@ def test_drained_at_every_step_it_is_the_exact_schedule(
         same(one, other)
 
 
-@pytest.mark.parametrize("scenario", [exact, accumulated, normed])
+@pytest.mark.parametrize("checkpointing", ["layer", "stage"])
+def test_activations_computed_again_change_nothing(runs: Runs, checkpointing: str) -> None:
+    expected = runs.on(3, exact, 2, schedule="async", staleness_correction="none")
+    again = {"activation_checkpointing": checkpointing, "staleness_correction": "none"}
+    found = runs.on(3, exact, 2, schedule="async", **again)
+    assert found[0]["steps"] == expected[0]["steps"]
+    for name, weight in expected[0]["weights"].items():
+        assert torch.isfinite(found[0]["weights"][name]).all() and weight.shape == found[0]["weights"][name].shape
+
+
+@pytest.mark.parametrize("scenario", [exact, accumulated, normed, tied])
 @pytest.mark.parametrize(("world", "count"), [(2, 1), (3, 2), (3, 5)])
 def test_counters_and_rates_are_those_of_one_device(runs: Runs, scenario: Any, world: int, count: int) -> None:
     expected = runs.on(1, scenario, count)[0]
