@@ -197,6 +197,8 @@ class LWPMStrategy(ProcessesStrategy):
                 self._overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 after_closure(self.precision_plugin, self._overlap.before_step)
             self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count, self._overlap)
+            if self.world_size > 1:
+                self._steps.termination.install()
 
     def _prepare(self, trainer: Trainer) -> Feed:
         """Everything that comes before the model is looked at."""
@@ -275,7 +277,7 @@ class LWPMStrategy(ProcessesStrategy):
         if self.world_size > 1 and plan is not None and plan.prediction is not None:
             return plan.prediction.num_microbatches, table_of(plan, plan.prediction.schedule)
         count = 1 if self.num_microbatches == "auto" else self.num_microbatches
-        return count, "1f1b" if self.schedule == "auto" else self.schedule
+        return count, "1f1b" if self.schedule in ("auto", "async") else self.schedule
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -411,6 +413,8 @@ class LWPMStrategy(ProcessesStrategy):
         if self._recorder is not None and self.lightning_module is not None:
             self._recorder.remove(self.lightning_module.trainer)
             self._recorder = None
+        if self._steps is not None:
+            self._steps.termination.remove()
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
         forget_after_closure(self.precision_plugin)
         if not self.failed and self._engine is not None and self.world_size > 1:

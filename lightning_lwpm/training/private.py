@@ -31,13 +31,16 @@ __all__ = [
     "adopt_epoch",
     "after_closure",
     "before_transfer",
+    "end_on_sigterm",
     "epoch_of",
     "epoch_values",
     "first_loaders",
     "forget_after_closure",
     "forget_indices",
+    "forget_sigterm",
     "init_connection",
     "optimizers_to_device",
+    "replace_sigterm",
     "saves_every",
     "skips_backward",
     "transfer",
@@ -77,6 +80,26 @@ def forget_indices(loader: Any) -> None:
 def skips_backward(trainer: Trainer) -> bool:
     """Whether this pass over the data only updates BatchNorm, as stochastic weight averaging has it."""
     return trainer.fit_loop._skip_backward
+
+
+def replace_sigterm(trainer: Trainer, notice: Callable[[int, Any], None], check: Callable[[], None]) -> None:
+    """Call ``notice`` when SIGTERM comes and ``check`` before each training batch, in the place of Lightning's own.
+
+    To be called before Lightning registers its handlers, in ``Strategy.setup``.
+    """
+    trainer._signal_connector.__dict__["_sigterm_notifier_fn"] = notice
+    trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = check
+
+
+def forget_sigterm(trainer: Trainer) -> None:
+    """Undo :func:`replace_sigterm`."""
+    trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
+    trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+
+
+def end_on_sigterm(trainer: Trainer) -> None:
+    """Let ``trainer.received_sigterm`` be true."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def saves_every(trainer: Trainer) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -146,6 +147,8 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     def tell(self, exception: BaseException) -> None:
         """Let every rank know of an exception that leaves Lightning's loop here."""
+        if isinstance(exception, SIGTERMException):
+            return  # it leaves the loop of every rank: see ``termination``
         self.failed = True
         if self._mailbox is not None:
             self._mailbox.failed("", exception)

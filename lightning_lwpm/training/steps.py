@@ -27,6 +27,7 @@ from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
+from lightning_lwpm.training.termination import Termination
 
 __all__ = ["Steps"]
 
@@ -93,6 +94,7 @@ class Steps:
         self.hooks, self.precision, self.count, self.mailbox = hooks, precision, count, engine.mailbox
         self.book = LogBook(module, self.mailbox)
         self._turn = 0
+        self.termination = Termination(trainer, self.mailbox)
         self._begun: deque[_Pass] = deque()  # of batches to come
         self.attach(engine)
 
@@ -134,18 +136,20 @@ class Steps:
     def _share(self, split: Batch, outputs: list[Any], losses: list[Tensor]) -> Any:
         """Give the loss and the logs of a batch to every rank, and log them there."""
         self._turn += 1
+        ending = self.termination.batch_ended()
         if self.mailbox.rank == 0:
             entries = self.book.merged()
             out = merge_outputs(outputs, losses, split.sizes)
             if self.mailbox.world > 1:
                 shared = out if self._outputs_wanted("on_train_batch_end") else mean_loss(losses, split.sizes)
-                message = shared, sendable(entries), self.trainer.should_stop
+                message = shared, sendable(entries), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
                 self.feed.used("train")
         else:
             what = "the loss of this batch from rank 0"
-            out, entries, self.trainer.should_stop = self.mailbox.take("step", self._turn, what)
+            out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
             out = move_data_to_device(out, self.engine.device)
+        self.termination.agreed = ending
         self.book.replay(entries)
         return out
 

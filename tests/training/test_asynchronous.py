@@ -117,6 +117,10 @@ def test_counters_and_rates_are_those_of_one_device(runs: Runs, scenario: Any, w
         assert found["metrics"]["val/loss"] < 0.5  # 1.1 at the beginning
 
 
+def test_one_device_trains_exactly(runs: Runs) -> None:
+    same(runs.on(1, exact, 4), runs.on(1, exact, 4, schedule="async"))
+
+
 class Saves(Callback):
     """Saves after a batch of which nobody knew before."""
 
@@ -199,3 +203,29 @@ def two_loaders(kwargs: dict[str, Any]) -> None:
 def test_two_loaders_are_refused(runs: Runs) -> None:
     with pytest.raises(Exception, match="2 training dataloaders cannot be read ahead"):
         runs.on(2, two_loaders, 2, schedule="async")
+
+
+class Stops(Callback):
+    """Ends training in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 4
+
+
+def stopped(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(3)
+    module = Classifier()
+    trainer = L.Trainer(**kwargs, max_epochs=1, callbacks=[Stops()])
+    trainer.fit(module, train_loader(96))
+    found = trainer.validate(module, val_loader(), verbose=False)[0]
+    out = module.eval()(val_loader().dataset.tensors[0])
+    loss = nn.functional.cross_entropy(out, val_loader().dataset.tensors[1])
+    return trainer.global_step, found["val/loss"], float(loss)
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, 1), (3, 2)])
+def test_stopped_in_the_middle(runs: Runs, world: int, count: int) -> None:
+    """What has been begun is given up; the weights that are left are those that are validated."""
+    for steps, logged, computed in runs.on(world, stopped, count, schedule="async"):
+        assert 4 <= steps < 12
+        assert logged == pytest.approx(computed, rel=1e-5)

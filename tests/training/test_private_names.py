@@ -11,9 +11,11 @@ import lightning.pytorch.strategies.launchers
 import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
 from lightning.pytorch.utilities import CombinedLoader
@@ -52,6 +54,12 @@ NAMES = [
     (TRAINER._logger_connector, "_callback_metrics"),
     (TRAINER._logger_connector, "_logged_metrics"),
     (TRAINER._logger_connector, "_progress_bar_metrics"),
+    (TRAINER, "_signal_connector"),
+    (TRAINER._signal_connector, "_sigterm_notifier_fn"),
+    (TRAINER._signal_connector, "received_sigterm"),
+    (TRAINER.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    (Precision, "_after_closure"),
+    (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
     (TRAINER.validate_loop, "_logged_outputs"),
     (TRAINER.validate_loop, "_combined_loader"),
     (TRAINER.predict_loop, "_combined_loader"),
