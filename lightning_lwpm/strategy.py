@@ -370,7 +370,7 @@ class LWPMStrategy(ProcessesStrategy):
     @override
     def on_train_end(self) -> None:
         if self._overlap is not None:
-            self._overlap.rest()
+            self._overlap.finish()
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         if self._overlap is not None:
@@ -420,7 +420,7 @@ class LWPMStrategy(ProcessesStrategy):
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
             if self._overlap is not None:
-                self._overlap.rest()
+                self._overlap.finish()
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout)

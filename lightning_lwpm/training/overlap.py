@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lightning_lwpm.pipeline.asynchronous.continuous import Continuous, Work
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
-from lightning_lwpm.pipeline.asynchronous.in_place import unnoticed
+from lightning_lwpm.pipeline.asynchronous.in_place import unnoticed, writable
 from lightning_lwpm.pipeline.asynchronous.norms import Norms
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT, correction
 from lightning_lwpm.pipeline.engine import Engine
@@ -239,6 +239,20 @@ class Overlap:
             base, self._base = self._base, None
             base.close()
 
+    def finish(self) -> None:
+        """At the end of training: base weights for good, and no more corrections."""
+        self.settle()
+        self.go_on()
+        if self.correction is None:
+            return
+        parameters = self.correction.parameters
+        with self.correction.base():
+            base = [parameter.detach().clone() for parameter in parameters]
+        with writable(parameters):
+            for parameter, value in zip(parameters, base, strict=True):
+                parameter.copy_(value)
+        self.correction = self.run.correction = None
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> Any:
@@ -272,7 +286,7 @@ class Overlap:
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Continue where a checkpoint was written; without what is needed, corrections begin anew."""
         saved = checkpoint.get(KEY)
-        if self.correction is None or not saved:
+        if self.correction is None or not saved or saved["state"] is None:
             return
         if saved["correction"] != self.rules.staleness_correction:
             warnings.warn(
