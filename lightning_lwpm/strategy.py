@@ -61,6 +61,7 @@ class LWPMStrategy(ProcessesStrategy):
             stages a device), ``"zb1p"`` and ``"zbv"`` (gradients of weights put off until a device would idle; the
             latter with two stages a device), or ``"auto"``: the fastest of all, or an order made for the measured
             times, by simulation; 1F1B, which holds the fewest activations, where they are alike.
+            ``"async"``: no stage waits for the others at optimizer steps; the numbers are not those of one device.
         partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, the path of a
             plan (``"plan.yaml"``), or a plan (``trainer.strategy.plan`` of an earlier run).
         costs: ``"measured"``: each distinct layer is timed at the first start, and never again on the same machine.
@@ -84,6 +85,12 @@ class LWPMStrategy(ProcessesStrategy):
             (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).
         log_bubble: Log the idle part of the devices' time, every ``log_every_n_steps`` batches: ``lwpm/bubble``, and
             with measured costs ``lwpm/bubble_predicted``. Also done where there is a ``timeline``.
+        staleness_correction: For ``schedule="async"``, as all that follow: what is done about gradients that are late;
+            a name, or several joined by ``+``: see ``pipeline.asynchronous.registry``.
+        max_staleness: The most optimizer steps that a gradient may be late; 0 is exact training, ``None`` any number.
+        exact_warmup_steps: So many first steps are exact.
+        exact_final_steps: So many last steps are exact.
+        drain_every_n_steps: After so many steps the pipeline runs empty; 0 for never.
 
     Raises:
         ConfigurationError: for a value that cannot be used, saying which can.
