@@ -8,7 +8,7 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.planning import Planner
-from lightning_lwpm.tuning.review import StageTimes
+from lightning_lwpm.tuning.review import StageTimes, measured
 
 __all__ = ["Reviewer"]
 
@@ -59,7 +59,7 @@ class Reviewer:
         """What each stage of this rank has measured."""
         found = {}
         for stage in self.engine.stages:
-            forward, *backward = [self.engine.times.median(stage, kind) for kind in "FBIW"]
-            if forward is not None and any(seconds is not None for seconds in backward):
-                found[stage] = StageTimes(forward, sum(seconds or 0.0 for seconds in backward))
+            times = measured(*(self.engine.times.median(stage, kind) for kind in "FBIW"))
+            if times is not None:
+                found[stage] = times
         return found

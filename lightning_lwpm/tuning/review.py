@@ -15,10 +15,11 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.units import human_seconds
 from lightning_lwpm.tuning.choose import planned
 from lightning_lwpm.tuning.lineup import Lineup
+from lightning_lwpm.tuning.predict import SPLIT
 from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
-__all__ = ["Review", "StageTimes", "corrected", "review"]
+__all__ = ["Review", "StageTimes", "corrected", "measured", "review"]
 
 WORTH = 1.05
 """Another partition is worth telling of where this one takes more than this times its step."""
@@ -35,6 +36,24 @@ class StageTimes:
 
     forward: float
     backward: float
+
+
+def measured(
+    forward: float | None, whole: float | None, inputs: float | None, weights: float | None
+) -> StageTimes | None:
+    """A stage's times from the seconds of its passes; ``None`` where it has not done both ways yet.
+
+    A table may have a stage do some backward passes whole and others in two parts.
+
+    Args:
+        forward: Forward passes.
+        whole: Backward passes as one.
+        inputs: The part of a backward pass that makes the gradient of its input.
+        weights: The part that makes the gradients of weights.
+    """
+    parts = (inputs or 0.0) + (weights or 0.0)
+    backward = whole if whole is not None else parts / (1 + SPLIT)
+    return StageTimes(forward, backward) if forward is not None and backward > 0 else None
 
 
 @dataclass(frozen=True)

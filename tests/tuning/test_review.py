@@ -11,8 +11,8 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.schedule import Action, build, place
 from lightning_lwpm.pipeline.simulate import simulate
 from lightning_lwpm.tuning.choose import Choice, choose
-from lightning_lwpm.tuning.predict import in_flight, predict
-from lightning_lwpm.tuning.review import Review, StageTimes, corrected, review
+from lightning_lwpm.tuning.predict import SPLIT, in_flight, predict
+from lightning_lwpm.tuning.review import Review, StageTimes, corrected, measured, review
 from lightning_lwpm.tuning.sized import Look
 from lightning_lwpm.tuning.wish import Wish
 
@@ -167,3 +167,20 @@ def test_a_partition_of_the_users_that_seemed_not_to_fit_is_left_alone() -> None
 
 def test_a_model_with_fewer_layers_than_ranks() -> None:
     assert not reviewed(look(1, [1.0, 1.0]), 1.0, 5.0, ranks=4).worth_telling
+
+
+@pytest.mark.parametrize(
+    ("seconds", "backward"),
+    [
+        ((1.0, 2.0, None, None), 2.0),
+        ((1.0, 2.0, 1.1, 1.02), 2.0),  # whole passes and passes in two parts
+        ((1.0, None, 1.0 + SPLIT, 1.0 + SPLIT), 2.0),
+    ],
+)
+def test_a_backward_pass_counts_once(seconds: tuple[float | None, ...], backward: float) -> None:
+    assert measured(*seconds) == StageTimes(1.0, pytest.approx(backward))
+
+
+@pytest.mark.parametrize("seconds", [(None, 2.0, None, None), (1.0, None, None, None)])
+def test_a_stage_that_has_not_done_both_passes_has_no_times(seconds: tuple[float | None, ...]) -> None:
+    assert measured(*seconds) is None
