@@ -49,6 +49,7 @@ class Engine:
         stages: The stages of this rank, ascending; none where there are fewer stages than ranks.
         stage: The first of them, or ``None``.
         last: Whether this rank runs the last stage.
+        links: The (producer, consumer) pairs of stages between which tensors may travel.
 
     Raises:
         ConfigurationError: if the placement does not fit the stages and the ranks.
@@ -73,6 +74,7 @@ class Engine:
         self.stages = tuple(stage for stage, rank in enumerate(self.ranks) if rank == mailbox.rank)
         self.stage = self.stages[0] if self.stages else None
         self.last = layout.num_stages - 1 in self.stages
+        self.links = [(producer, consumer) for consumer in range(layout.num_stages) for producer in range(consumer)]
         mailbox.introduce(self.ranks)
         self.serial = serial
         self.times = Times() if device.type == "cpu" else DeviceTimes(device)
@@ -187,9 +189,7 @@ class Engine:
         """By rank, what it sends to this one, in order."""
         key = (training, count)
         if key not in self._orders:
-            stages = self.layout.num_stages
-            edges = [(producer, consumer) for consumer in range(stages) for producer in range(consumer)]
-            sent = channels(self._table(count, training), self.ranks, edges)
+            sent = channels(self._table(count, training), self.ranks, self.links)
             self._orders[key] = {source: sent[source, to] for source, to in sent if to == self.mailbox.rank}
         return self._orders[key]
 

@@ -92,7 +92,7 @@ def rendezvous(
     for rank, actions in enumerate(table):
         program = []
         for action in actions:
-            for message in _received(action, links, present):
+            for message in received(action, links, present):
                 sender = placement[message.producer.stage]
                 if sender != rank:
                     needs.setdefault((sender, rank), []).append(message)
@@ -152,7 +152,14 @@ def _sent(action: Action, links: Sequence[tuple[int, int]], present: Container[A
     return [Message(action, present_one(taker, present)) for taker in takers]
 
 
-def _received(action: Action, links: Sequence[tuple[int, int]], present: Container[Action]) -> list[Message]:
+def received(action: Action, links: Sequence[tuple[int, int]], present: Container[Action] = ()) -> list[Message]:
+    """The messages that an action waits for, those of its own rank among them.
+
+    Args:
+        action: The action.
+        links: The (producer, consumer) pairs of stages.
+        present: All actions, where a table has some backward passes whole and others in two parts.
+    """
     kind, stage, microbatch = action
     if kind == "W":
         return []

@@ -13,12 +13,14 @@ modules, compiled functions that it calls) is as always.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+
+from lightning_lwpm.staging.forwards import replaced
 
 __all__ = ["AsWritten", "CompiledUnits"]
 
@@ -84,21 +86,9 @@ class CompiledUnits:
         elif compiler is not None and hasattr(module.forward, "__code__") and not _is_compiled(module.forward):
             self.forwards[module] = compiler(module.forward)
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> AbstractContextManager[None]:
         """The time of a batch, in which these units run compiled: in steps, and where they are computed again."""
-        absent = object()
-        before = [(module, vars(module).get("forward", absent)) for module in self.forwards]
-        for module, forward in self.forwards.items():
-            vars(module)["forward"] = forward
-        try:
-            yield
-        finally:
-            for module, former in before:
-                if former is absent:
-                    del vars(module)["forward"]
-                else:
-                    vars(module)["forward"] = former
+        return replaced(self.forwards)
 
 
 def _compiler_of(module: nn.Module) -> Compiler | None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lightning_lwpm.staging.forwards import replaced
 from lightning_lwpm.staging.layout import Unit
 
 __all__ = ["intercepted"]
@@ -37,20 +38,12 @@ def intercepted(step: Interceptor, units: Sequence[tuple[Unit, nn.Module]]) -> I
         run = apply.__get__(None, cls)
         return run(*args, **kwargs) if step.inside else step.apply(cls, run, args, kwargs)
 
-    absent = object()
-    saved = [(module, module.__dict__.get("forward", absent)) for _, module in units]
     torch.autograd.Function.apply = classmethod(through)  # type: ignore[assignment, method-assign]
-    for unit, module in units:
-        module.__dict__["forward"] = _Forward(step, unit, module)
     try:
-        yield
+        with replaced({module: _Forward(step, unit, module) for unit, module in units}):
+            yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-        for module, forward in saved:
-            if forward is absent:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
 
 
 class _Forward:

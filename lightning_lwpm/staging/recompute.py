@@ -12,7 +12,7 @@ numbers, finds modules as they were at its first run, and leaves them as they ar
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.forwards import replaced
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import python_random, python_state
 from lightning_lwpm.staging.record import Record, version
@@ -55,25 +56,14 @@ class Recompute:
         names = [unit.name for unit in units if not self.stages or last in unit.stages] if units else None
         self.layers = list(map(_Again, layers_of(root, names))) if mode != "none" else []
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self) -> AbstractContextManager[None]:
         """The time of a batch, in which calls of layers keep only what goes into them.
 
         Where the user's own checkpoint calls a layer again in a backward pass, it is called as it was the first time.
         """
-        absent = object()
-        before = [(stand_in.layer, vars(stand_in.layer).get("forward", absent)) for stand_in in self.layers]
         for stand_in in self.layers:
             stand_in.forward = stand_in.layer.forward
-            vars(stand_in.layer)["forward"] = stand_in
-        try:
-            yield
-        finally:
-            for layer, forward in before:
-                if forward is absent:
-                    del vars(layer)["forward"]
-                else:
-                    vars(layer)["forward"] = forward
+        return replaced({stand_in.layer: stand_in for stand_in in self.layers})
 
     def run(self, step: Callable[[Any], Any], peers: Any, last: bool) -> Any:
         """Run a stage's part of a step with a backward pass to come.

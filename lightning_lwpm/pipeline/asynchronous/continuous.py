@@ -22,7 +22,7 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.exchange import Item
-from lightning_lwpm.pipeline.rendezvous import Message
+from lightning_lwpm.pipeline.rendezvous import Message, received
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import is_placeholder
@@ -193,11 +193,8 @@ class Continuous:
         """By rank, what it sends for some actions: in the order of micro-batches, as all ranks run them."""
         messages: dict[int, list[Message]] = {}
         for action in row:
-            kind, stage, number = action
-            before, after = range(stage), range(stage + 1, len(self.engine.ranks))
-            for other in before if kind == "F" else after:
-                message = Message(Action(kind, other, number), action)
-                messages.setdefault(self.engine.ranks[other], []).append(message)
+            for message in received(action, self.engine.links):
+                messages.setdefault(self.engine.ranks[message.producer.stage], []).append(message)
         return messages
 
 
