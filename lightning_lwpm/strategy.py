@@ -1,7 +1,6 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,15 +21,15 @@ from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.training.admission import Rules
 from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
-from lightning_lwpm.training.gradients import clip_by_norm
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
-from lightning_lwpm.training.overlap import Overlap, Rules
+from lightning_lwpm.training.overlap import Overlap
+from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.planning import Planner
-from lightning_lwpm.training.private import PathLike, after_closure, forget_after_closure, optimizers_to_device
-from lightning_lwpm.training.processes import ProcessesStrategy
+from lightning_lwpm.training.private import PathLike, optimizers_to_device
 from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.steps import Steps
@@ -43,7 +42,7 @@ from lightning_lwpm.tuning.wish import Wish
 __all__ = ["LWPMStrategy"]
 
 
-class LWPMStrategy(ProcessesStrategy):
+class LWPMStrategy(OverlappingStrategy):
     """Layer-wise model parallelism: the layers of an unchanged LightningModule, partitioned over the devices.
 
     Implements the aims of "Layer-Wise Partitioning and Merging for Efficient and Scalable Deep Learning"
@@ -154,11 +153,9 @@ class LWPMStrategy(ProcessesStrategy):
         self._feed: Feed | None = None
         self._engine: Engine | None = None
         self._hooks: Hooks | None = None
-        self._overlap: Overlap | None = None
         self._steps: Steps | None = None
         self._reviewer: Reviewer | None = None
         self._recorder: Recorder | None = None
-        self._settled_at: int | None = None  # the epoch in which layers last could move
         self._copies: list[torch.nn.Module] = []
 
     @property
@@ -178,7 +175,7 @@ class LWPMStrategy(ProcessesStrategy):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        module, self._settled_at = self.lightning_module, None
+        module = self.lightning_module
         with self.told("setup"):
             feed = self._prepare(trainer)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
@@ -201,8 +198,8 @@ class LWPMStrategy(ProcessesStrategy):
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
             if fitting and self._asynchronous and layout.num_stages > 1:
-                self._overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
-                after_closure(self.precision_plugin, self._overlap.before_step)
+                overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
+                self._begin_overlap(overlap, self.precision_plugin)
             self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count, self._overlap)
             if self.world_size > 1:
                 self._steps.termination.install()
@@ -237,7 +234,10 @@ class LWPMStrategy(ProcessesStrategy):
             self.activation_checkpointing,
             continuous=self._asynchronous,
         )
-        self._reviewer = Reviewer(self._planner, self.mailbox, self._engine) if self.world_size > 1 else None
+        if self._reviewer is not None:
+            self._reviewer.attach(self._engine)
+        elif self.world_size > 1:
+            self._reviewer = Reviewer(self._planner, self.mailbox, self._engine, self.repartition_every_n_epochs)
         if self._recorder is not None:
             self._recorder.attach(self._engine, self.plan)
         return self._engine
@@ -300,28 +300,19 @@ class LWPMStrategy(ProcessesStrategy):
             batch, lambda raw: super(LWPMStrategy, self).batch_to_device(raw, device, dataloader_idx)
         )
 
+    # -- steps ---------------------------------------------------------------------------------------------------
+
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
-        epoch, every = self.lightning_module.current_epoch, self.repartition_every_n_epochs
-        if not every or batch_idx or self._reviewer is None:
+        if self._reviewer is None or batch_idx or not self._reviewer.due(self.lightning_module.current_epoch):
             return
-        if self._settled_at is not None and epoch >= self._settled_at + every:
-            self._repartition()
-            self._settled_at = epoch
-        elif self._settled_at is None:
-            self._settled_at = epoch
-
-    def _repartition(self) -> None:
-        """Between two batches: move layers to where the measured times want them."""
-        assert self._reviewer is not None and self._engine is not None
         with self.told("moving layers between stages"):
             layout = self._reviewer.better()
             if layout is not None:
+                assert self._engine is not None
                 self._move_weights(self._engine.layout, layout)
                 self.steps.attach(self._start_engine(layout, self._engine.serial))
-
-    # -- steps ---------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> Steps:
@@ -358,45 +349,15 @@ class LWPMStrategy(ProcessesStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
 
-    @override
-    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self._overlap is None:
-            return super().optimizer_step(optimizer, *args, **kwargs)
-        return self._overlap.step(lambda: super(LWPMStrategy, self).optimizer_step(optimizer, *args, **kwargs))
-
-    @override
-    def on_validation_start(self) -> None:
-        if self._overlap is not None:
-            self._overlap.rest()
-
-    @override
-    def on_validation_end(self) -> None:
-        if self._overlap is not None:
-            self._overlap.go_on()
-
-    @override
-    def on_train_end(self) -> None:
-        if self._overlap is not None:
-            self._overlap.finish()
-
-    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        if self._overlap is not None:
-            self._overlap.clip(self.precision_plugin.main_params(optimizer), float(clip_val))
-            return
-        clip_by_norm(self.mailbox, self.next_turn(), self.precision_plugin.main_params(optimizer), float(clip_val))
-
     # -- state ---------------------------------------------------------------------------------------------------
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
     ) -> None:
-        state = self._overlap.state() if self._overlap is not None else None
-        with self._overlap.at_rest() if self._overlap is not None else nullcontext():
+        with self._resting(checkpoint):
             with self.told("saving a checkpoint"):
                 merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
-                if self._overlap is not None:
-                    self._overlap.save(merged, state, self.next_turn())
             if self.is_global_zero:  # what it holds itself is in there as it is
                 self.checkpoint_io.save_checkpoint(merged, filepath, storage_options=storage_options)
 
@@ -406,9 +367,7 @@ class LWPMStrategy(ProcessesStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             states.append(held_states(saved, parameters))
-        super().load_optimizer_state_dict({"optimizer_states": states})
-        if self._overlap is not None:
-            self._overlap.load(checkpoint)
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -423,34 +382,27 @@ class LWPMStrategy(ProcessesStrategy):
         if self._steps is not None:
             self._steps.termination.remove()
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
-        forget_after_closure(self.precision_plugin)
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
-            if self._overlap is not None:
-                self._overlap.finish()
+            self.on_train_end()  # not reached where the run was cut short
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout)
-        self._engine = self._steps = self._reviewer = self._overlap = None
+        self._end_overlap()
+        self._engine = self._steps = self._reviewer = None
         self._copies = []
         super().teardown()
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        for name, start_method in (
-            ("lwpm", "popen"),
-            ("lwpm_spawn", "spawn"),
-            ("lwpm_fork", "fork"),
-            ("lwpm_notebook", "fork"),
+        described = "Layer-wise model parallelism"
+        for name, about, options in (
+            ("lwpm", "", {}),
+            ("lwpm_spawn", " with processes started by 'spawn'", {"start_method": "spawn"}),
+            ("lwpm_fork", " with processes started by 'fork'", {"start_method": "fork"}),
+            ("lwpm_notebook", " in a notebook", {"start_method": "fork"}),
+            ("lwpm_async", " in which no stage waits for the others at optimizer steps", {"schedule": "async"}),
         ):
             if name not in strategy_registry:
-                strategy_registry.register(
-                    name,
-                    cls,
-                    description=f"Layer-wise model parallelism with `start_method` '{start_method}'",
-                    start_method=start_method,
-                )
-        if "lwpm_async" not in strategy_registry:
-            description = "Layer-wise model parallelism in which no stage waits for the others at optimizer steps"
-            strategy_registry.register("lwpm_async", cls, description=description, schedule="async")
+                strategy_registry.register(name, cls, description=described + about, **options)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["by_name", "in_order", "merged"]
+from lightning_lwpm.pipeline.mailbox import Mailbox
+
+__all__ = ["by_name", "collected", "in_order", "merged"]
 
 _MARK = "by name"
 
@@ -35,6 +37,25 @@ def merged(states: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [merged([state[i] for state in states]) for i in range(len(first))]
     return max(states) if states else None
+
+
+def collected(mailbox: Mailbox, key: Any, own: Any) -> Any:
+    """On rank 0 the states of all ranks in one; all ranks take part.
+
+    Args:
+        mailbox: The control connections.
+        key: Names this exchange.
+        own: The state of this rank by name; ``None`` if it has none.
+    """
+    if mailbox.rank:
+        mailbox.post(0, "corrections", (key, mailbox.rank), own)
+        return None
+    states = [own]
+    for rank in range(1, mailbox.world):
+        states.append(
+            mailbox.take("corrections", (key, rank), f"the state of the corrections of {mailbox.names[rank]}")
+        )
+    return merged([state for state in states if state is not None])
 
 
 def in_order(state: Any, names: Sequence[str]) -> Any:

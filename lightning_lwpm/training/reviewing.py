@@ -26,11 +26,26 @@ class Reviewer:
         planner: Has made the plan.
         mailbox: The control connections.
         engine: Runs the stages.
+        every: After so many epochs layers may move; 0 for never.
     """
 
-    def __init__(self, planner: Planner, mailbox: Mailbox, engine: Engine) -> None:
-        self.planner, self.mailbox, self.engine = planner, mailbox, engine
-        self._batches = 0
+    def __init__(self, planner: Planner, mailbox: Mailbox, engine: Engine, every: int = 0) -> None:
+        self.planner, self.mailbox, self.every = planner, mailbox, every
+        self._settled_at: int | None = None  # the epoch in which layers last could move
+        self.attach(engine)
+
+    def attach(self, engine: Engine) -> None:
+        """Go on with another engine: the layers have moved."""
+        self.engine, self._batches = engine, 0
+
+    def due(self, epoch: int) -> bool:
+        """Whether layers may move at the start of an epoch."""
+        if self._settled_at is None:
+            self._settled_at = epoch
+        if not self.every or epoch < self._settled_at + self.every:
+            return False
+        self._settled_at = epoch
+        return True
 
     def batch_done(self) -> None:
         """Count a batch; once, some batches after the first, advise the user."""

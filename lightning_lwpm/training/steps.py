@@ -131,7 +131,9 @@ class Steps:
 
     def _work(self, run: "_Pass", ahead: int) -> Work:
         assert self.overlap is not None
-        return Work(run.split, self.overlap.step_of(ahead), run.forward, run.backward, self._fetcher(run.split))
+        return Work(
+            run.split, self.overlap.admission.step_of(ahead), run.forward, run.backward, self._fetcher(run.split)
+        )
 
     def _share(self, split: Batch, outputs: list[Any], losses: list[Tensor]) -> Any:
         """Give the loss and the logs of a batch to every rank, and log them there."""

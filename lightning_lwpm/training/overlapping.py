@@ -1,0 +1,77 @@
+"""The part of the strategy that asynchronous training needs, and exact training does not."""
+
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.plugins.precision import Precision
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lwpm.training.gradients import clip_by_norm
+from lightning_lwpm.training.overlap import Overlap
+from lightning_lwpm.training.private import after_closure, forget_after_closure
+from lightning_lwpm.training.processes import ProcessesStrategy
+
+__all__ = ["OverlappingStrategy"]
+
+
+class OverlappingStrategy(ProcessesStrategy, ABC):
+    """Tells an :class:`Overlap`, while there is one, of steps, of evaluations and of the end."""
+
+    _overlap: Overlap | None = None
+
+    def _begin_overlap(self, overlap: Overlap, precision: Precision) -> None:
+        self._overlap = overlap
+        after_closure(precision, overlap.before_step)
+
+    def _end_overlap(self) -> None:
+        self._overlap = None
+        forget_after_closure(self.precision_plugin)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self._overlap is None:
+            return super().optimizer_step(optimizer, *args, **kwargs)
+        return self._overlap.step(lambda: super(OverlappingStrategy, self).optimizer_step(optimizer, *args, **kwargs))
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        parameters = self.precision_plugin.main_params(optimizer)
+        if self._overlap is None:
+            clip_by_norm(self.mailbox, self.next_turn(), parameters, float(clip_val))
+        else:
+            self._overlap.clip(parameters, float(clip_val))
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._overlap is not None:
+            self._overlap.rest()
+
+    @override
+    def on_validation_end(self) -> None:
+        if self._overlap is not None:
+            self._overlap.go_on()
+
+    @override
+    def on_train_end(self) -> None:
+        if self._overlap is not None:
+            self._overlap.finish()
+
+    @contextmanager
+    def _resting(self, checkpoint: dict[str, Any]) -> Iterator[None]:
+        """Weights as they are to be saved; what continues asynchronous training is put into the checkpoint."""
+        if self._overlap is None:
+            yield
+            return
+        if "optimizer_states" in checkpoint:  # else training does not go on from it
+            with self.told("saving the state of corrections"):
+                self._overlap.save(checkpoint, self.next_turn())
+        with self._overlap.at_rest():
+            yield
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._overlap is not None:
+            self._overlap.load(checkpoint)
