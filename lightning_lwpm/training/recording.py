@@ -142,6 +142,9 @@ class Recorder(Callback):
             others.append(("data", self._ended, self._begun))
         if actions:
             others.append(("optimizer", actions[-1][2], now))
+            # where batches overlap, micro-batches are numbered through: here the batch's own begin with 0
+            first = min((action.microbatch for action, _, _ in actions if action.kind != "F"), default=0)
+            actions = [(a._replace(microbatch=a.microbatch - first), begin, end) for a, begin, end in actions]
         return measured(self.mailbox.rank, actions, others, waits, batch_idx, self.engine.times.on_device)
 
     # -- the timeline --------------------------------------------------------------------------------------------

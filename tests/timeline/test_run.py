@@ -13,7 +13,7 @@ from training.modules import Classifier, Recorder, data
 from training.runs import Runs, same, weights
 
 from lightning_lwpm import ConfigurationError, LWPMStrategy
-from lightning_lwpm.pipeline.schedule import build
+from lightning_lwpm.pipeline.schedule import Action, build
 
 
 def fit(kwargs: dict[str, Any], batches: int = 16, **more: Any) -> dict[str, Any]:
@@ -121,6 +121,19 @@ def test_a_file_that_cannot_be_written_ends_no_training(runs: Runs, tmp_path: Pa
         return [str(w.message) for w in caught]
 
     assert any(f"could not be written to {path!r}" in text for text in runs.on(1, warned, 2, timeline=path)[0])
+
+
+def test_batches_that_overlap_are_planned_and_measured_in_the_middle(runs: Runs, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    runs.on(3, fit, 4, schedule="async", timeline=str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    expected = {str(Action("B", 0, number)) for number in range(4)} | {str(Action("F", 0, n)) for n in range(2, 6)}
+    for half in ("Planned", "Measured"):
+        pids = {pid for pid, title in titles.items() if title.startswith(half)}
+        for batch in (10, 11, 12):
+            names = {e["name"] for e in events if e["ph"] == "X" and e["pid"] in pids and e["args"]["batch"] == batch}
+            assert {name for name in names if name[:2] in ("0F", "0B")} == expected
 
 
 @pytest.mark.parametrize(("options", "told"), [({"timeline": 3}, "timeline=3"), ({"timeline": "a.gif"}, "'a.gif'")])

@@ -21,6 +21,11 @@ from lightning_lwpm.pipeline.asynchronous.delay import Delay
 
 CONTEXT, BATCH, LEARNING_RATE, WARM_UP = 64, 32, 3e-3, 40
 
+SCORE = "validation loss"
+
+ALIKE = True
+"""Whether the model treats samples alike, however a batch is split."""
+
 
 class Embedding(nn.Module):
     """What comes before the first block."""
@@ -33,7 +38,7 @@ class Embedding(nn.Module):
         return self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
 
 
-class Text:
+class Data:
     """Windows at random places of the training text, and all windows of the validation text."""
 
     def __init__(self) -> None:
@@ -98,10 +103,10 @@ def stages(
     return made
 
 
-def validate(parts: list[Stage], text: Text) -> float:
+def score(parts: list[Stage], data: Data) -> float:
     """Mean validation loss at the weights as they are."""
     net = nn.Sequential(*(stage.module for stage in parts))
-    inputs, targets = text.val
+    inputs, targets = data.val
     with torch.no_grad():
         sums = [loss(net(x), y).item() * len(x) for x, y in zip(inputs.split(64), targets.split(64), strict=True)]
     return sum(sums) / len(inputs)

@@ -71,8 +71,13 @@ class Emulation:
         self.stages, self.m, self.loss = list(stages), num_microbatches, loss
         self.exact_steps, self.clip, self.apart = exact_steps, clip, apart
 
-    def run(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-        """Train on the batches, and empty the pipeline at the end; the loss of each batch."""
+    def run(self, batches: Sequence[tuple[Tensor, Tensor]], after: Callable[[int], None] | None = None) -> list[float]:
+        """Train on the batches, and empty the pipeline at the end; the loss of each batch.
+
+        Args:
+            batches: Inputs and targets.
+            after: Called after each step, with the number of steps done.
+        """
         inputs, targets = (
             [chunk for part in parts for chunk in part.chunk(self.m)] for parts in zip(*batches, strict=True)
         )
@@ -92,6 +97,8 @@ class Emulation:
             for stage in self.stages:
                 stage.correction.late = version + 1 >= self.exact_steps
                 self._step(stage)
+            if after is not None:
+                after(version + 1)
         return self.losses
 
     def _actions(self, stage: Stage, version: int) -> Iterator[tuple[str, int, int]]:

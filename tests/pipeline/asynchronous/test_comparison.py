@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples/benchmarks/asynchronous"))
 
 import corrections
-from character_model import Text, stages
+from character_model import Data, stages
 from corrections import chosen
 
 from examples.models.gpt import GPT
@@ -29,7 +29,7 @@ def test_stages_are_the_model(count):
 
 
 def test_targets_are_the_next_characters():
-    (inputs, targets), _ = Text().batches(2, seed=0)
+    (inputs, targets), _ = Data().batches(2, seed=0)
     assert inputs.shape == targets.shape == (32, 64)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
