@@ -26,6 +26,18 @@ and one micro-batch; stages of a device share them.
     lwpm timeline --schedule auto --stages 8 --microbatches 32 --backward 2.2 --latency 0.1 -o auto.json
 """
 
+_MERGE = """\
+Make of a sharded checkpoint the file that one device would have written. The model's code is not needed.
+
+    lwpm merge checkpoints/last.ckpt merged.ckpt
+"""
+
+_SPLIT = """\
+Make of one file a sharded checkpoint, of one share. The model's code is not needed.
+
+    lwpm split merged.ckpt checkpoints/last.ckpt
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -40,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
     _add_timeline(commands)
+    _add_state(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -107,6 +120,28 @@ def _timeline(args: argparse.Namespace) -> None:
     from lightning_lwpm.commands.timeline import timeline
 
     timeline(args)
+
+
+def _add_state(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for name, about, description, source, target in (
+        ("merge", "make one file of a sharded checkpoint", _MERGE, "the folder", "the file to write"),
+        ("split", "make a sharded checkpoint of one file", _SPLIT, "the file", "the folder to write"),
+    ):
+        parser = commands.add_parser(
+            name, help=about, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("source", help=source)
+        parser.add_argument("target", help=target)
+        parser.add_argument(
+            "--trusted", action="store_true", help="unpickle whatever is in it: only for files that you trust"
+        )
+        parser.set_defaults(run=_state)
+
+
+def _state(args: argparse.Namespace) -> None:
+    from lightning_lwpm.commands.state import merge, split
+
+    (merge if args.command == "merge" else split)(args)
 
 
 if __name__ == "__main__":

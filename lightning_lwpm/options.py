@@ -44,6 +44,8 @@ def check_options(
     repartition_every_n_epochs: Any,
     virtual_stages: Any,
     activation_checkpointing: Any,
+    state_dict_type: Any,
+    async_checkpoint: Any,
     data_parallel_size: Any,
     process_group_backend: Any,
     start_method: Any,
@@ -98,6 +100,16 @@ def check_options(
     if activation_checkpointing not in MODES:
         raise ConfigurationError(
             f"activation_checkpointing={activation_checkpointing!r} is not known. Known are: {_listed(MODES)}."
+        )
+    if state_dict_type not in ("full", "sharded"):
+        raise ConfigurationError(
+            f"state_dict_type={state_dict_type!r} is not known. Known are: 'full' (one file, that of one device), "
+            "'sharded' (a folder, each rank its own share)."
+        )
+    if not isinstance(async_checkpoint, bool) or (async_checkpoint and state_dict_type != "sharded"):
+        raise ConfigurationError(
+            f"async_checkpoint={async_checkpoint!r}: pass True, with state_dict_type='sharded', or False. For one "
+            "file, use Lightning's AsyncCheckpointIO."
         )
     if data_parallel_size != 1:
         raise ConfigurationError(

@@ -1,6 +1,6 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lwpm.checkpoint import held_states, merge_checkpoint
 from lightning_lwpm.options import check_options, check_rules, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
@@ -27,11 +26,12 @@ from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.overlap import Overlap
-from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
+from lightning_lwpm.training.random_state import streams
 from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
+from lightning_lwpm.training.stateful import StatefulStrategy
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.weights import copies, gather, holders, move
 from lightning_lwpm.tuning.devices import free_bytes
@@ -42,7 +42,7 @@ from lightning_lwpm.tuning.wish import Wish
 __all__ = ["LWPMStrategy"]
 
 
-class LWPMStrategy(OverlappingStrategy):
+class LWPMStrategy(StatefulStrategy):
     """Layer-wise model parallelism: the layers of an unchanged LightningModule, partitioned over the devices.
 
     Implements the aims of "Layer-Wise Partitioning and Merging for Efficient and Scalable Deep Learning"
@@ -74,6 +74,9 @@ class LWPMStrategy(OverlappingStrategy):
         activation_checkpointing: What is kept of a micro-batch for its backward pass: ``"none"``: everything;
             ``"layer"``: what goes into each block of a list of layers, which is computed again; ``"stage"``: only what
             a stage has received, and the last one goes by layers. Numbers stay; a step takes a forward pass more.
+        state_dict_type: What checkpoints are: ``"full"``: one file, the one of one device; ``"sharded"``: a folder, to
+            which every rank writes its own share. Each loads on any number of devices.
+        async_checkpoint: Let training go on while a sharded checkpoint is written, from a copy in host memory.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: How tensors travel between accelerators: ``"nccl"``, straight; ``"gloo"``, through host
             memory, also where several processes share a device. By default the former where it can be used.
@@ -105,6 +108,8 @@ class LWPMStrategy(OverlappingStrategy):
         repartition_every_n_epochs: int = 0,
         virtual_stages: int | Literal["auto"] = "auto",
         activation_checkpointing: Literal["none", "layer", "stage"] = "none",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        async_checkpoint: bool = False,
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -132,6 +137,8 @@ class LWPMStrategy(OverlappingStrategy):
             repartition_every_n_epochs=repartition_every_n_epochs,
             virtual_stages=virtual_stages,
             activation_checkpointing=activation_checkpointing,
+            state_dict_type=state_dict_type,
+            async_checkpoint=async_checkpoint,
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -148,6 +155,7 @@ class LWPMStrategy(OverlappingStrategy):
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
         self.activation_checkpointing = activation_checkpointing
+        self.state_dict_type, self.async_checkpoint = state_dict_type, async_checkpoint
         self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
         self._planner: Planner | None = None
         self._feed: Feed | None = None
@@ -349,26 +357,6 @@ class LWPMStrategy(OverlappingStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
 
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
-    ) -> None:
-        with self._resting(checkpoint):
-            with self.told("saving a checkpoint"):
-                merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
-            if self.is_global_zero:  # what it holds itself is in there as it is
-                self.checkpoint_io.save_checkpoint(merged, filepath, storage_options=storage_options)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states = []
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            states.append(held_states(saved, parameters))
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
-
     # -- end -----------------------------------------------------------------------------------------------------
 
     @override
@@ -389,6 +377,8 @@ class LWPMStrategy(OverlappingStrategy):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout)
         self._end_overlap()
+        if self._engine is not None:
+            self._streams = streams(self._engine)
         self._engine = self._steps = self._reviewer = None
         self._copies = []
         super().teardown()

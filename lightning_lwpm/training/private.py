@@ -13,6 +13,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -27,6 +28,7 @@ __all__ = [
     "PathLike",
     "SubprocessScriptLauncher",
     "TunerExit",
+    "WrappingCheckpointIO",
     "accept_compiled",
     "adopt_epoch",
     "after_closure",
@@ -52,6 +54,9 @@ optimizers_to_device = _optimizers_to_device
 MultiProcessingLauncher = _MultiProcessingLauncher
 SubprocessScriptLauncher = _SubprocessScriptLauncher
 PathLike = _PATH
+
+# What wraps another plugin for checkpoints (``AsyncCheckpointIO``): it is to wrap the library's own.
+WrappingCheckpointIO = _WrappingCheckpointIO
 
 # Ends a tuner's run in an orderly way on all ranks: no failure.
 TunerExit = _TunerExitException

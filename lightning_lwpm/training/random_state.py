@@ -1,0 +1,80 @@
+"""The random numbers of a run in its checkpoints: where every rank's generators and every stage's own stream are.
+
+One device's checkpoint has none of it, so there it has one key more, and a resumed run draws what it would have drawn:
+the order of the data, masks of dropout, noise.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.randomness import TorchRandom
+
+__all__ = ["KEY", "put_back", "random_states", "streams"]
+
+KEY = "random_states"
+
+
+def streams(engine: Engine) -> dict[str, Any]:
+    """Where the streams of the stages of this rank are, stage 0 aside, which draws from the rank's own generators."""
+    executor = engine.executor
+    own = {} if executor is None else {s: stream.position() for s, stream in executor.random.items() if stream.devices}
+    seed = None if executor is None else executor.seed
+    return {"seed": seed, "serial": engine.serial, "first": 0 in engine.stages, "streams": own}
+
+
+def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint has of all ranks.
+
+    Args:
+        mailbox: The control connections.
+        key: Names this exchange; the same on all ranks.
+        here: From :func:`streams`.
+    """
+    name, words, *numbers = numpy.random.get_state(legacy=True)
+    own = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": random.getstate(),
+        "numpy": (name, torch.as_tensor(numpy.asarray(words, "int64")), *numbers),
+    }
+    everyone = mailbox.gather(("random", key), (own, here), "the random numbers of all ranks")
+    return {
+        "seed": everyone[0][1]["seed"],
+        "serial": here["serial"],
+        "first": next((rank for rank, (_, told) in enumerate(everyone) if told["first"]), 0),
+        "ranks": [own for own, _ in everyone],
+        "streams": dict(sorted(item for _, told in everyone for item in told["streams"].items())),
+    }
+
+
+def put_back(saved: Mapping[str, Any], rank: int, engine: Engine) -> None:
+    """Go on with the numbers of a checkpoint of any number of stages.
+
+    Rank 0, which reads the data, and the rank of stage 0 go on as they did. A new stage has a new stream.
+    """
+    ranks = saved["ranks"]
+    first = 0 in engine.stages and rank != 0
+    state = ranks[saved["first"]] if first else ranks[min(rank, len(ranks) - 1)]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], engine.device)
+    version, words, more = state["python"]
+    random.setstate((version, tuple(words), more))
+    name, words, *numbers = state["numpy"]
+    numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
+    engine.serial = saved["serial"]
+    if engine.executor is None:
+        return
+    engine.executor.seed = saved["seed"]
+    for stage, stream in engine.executor.random.items():
+        position = saved["streams"].get(stage)
+        if stream.devices and position is not None and len(position) == len(stream.devices):
+            stream.back_to(position)
+        elif stream.devices:
+            engine.executor.random[stage] = TorchRandom(saved["seed"] + saved["serial"], stage, engine.device)

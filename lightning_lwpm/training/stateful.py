@@ -1,0 +1,172 @@
+"""The part of the strategy that saves and loads checkpoints."""
+
+import pickle
+from abc import ABC
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.plugins import CheckpointIO
+from typing_extensions import override
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.state.load import check_file, fill, read_rest
+from lightning_lwpm.state.merge import held_states, merge_checkpoint
+from lightning_lwpm.state.names import check_names
+from lightning_lwpm.state.shards import ShardedSave
+from lightning_lwpm.state.storage import WholeCheckpointIO, local_path
+from lightning_lwpm.training.overlapping import OverlappingStrategy
+from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO
+from lightning_lwpm.training.random_state import KEY, put_back, random_states, streams
+
+__all__ = ["StatefulStrategy"]
+
+
+class StatefulStrategy(OverlappingStrategy, ABC):
+    """Checkpoints of one device, or sharded ones; both for any number of stages.
+
+    Attributes:
+        state_dict_type: "full": one file, that of one device; "sharded": a folder, each rank its share.
+        async_checkpoint: Whether training goes on while a sharded one is written.
+    """
+
+    state_dict_type: Literal["full", "sharded"] = "full"
+    async_checkpoint: bool = False
+    _engine: Engine | None = None
+    _saving: ShardedSave | None = None  # under way
+    _source: Path | None = None  # the folder of a sharded checkpoint that is being loaded
+    _streams: dict[str, Any] | None = None  # those of the engine that has ended
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeCheckpointIO()
+        elif isinstance(self._checkpoint_io, WrappingCheckpointIO) and not isinstance(
+            self._checkpoint_io.checkpoint_io, WholeCheckpointIO
+        ):
+            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
+    ) -> None:
+        self._saved()
+        with self._resting(checkpoint), self.told("saving a checkpoint"):
+            here = streams(self._engine) if self._engine is not None else self._streams
+            if here is not None and "optimizer_states" in checkpoint:  # else training does not go on from it
+                checkpoint[KEY] = random_states(self.mailbox, self.next_turn(), here)
+            if self.state_dict_type == "sharded":
+                self._save_shards(checkpoint, self.broadcast(str(filepath)), storage_options)
+                return
+            merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
+            if self.is_global_zero:  # what it holds itself is in there as it is
+                self.checkpoint_io.save_checkpoint(merged, filepath, storage_options=storage_options)
+
+    def _save_shards(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any) -> None:
+        path = local_path(filepath)
+        if path is None or storage_options is not None:
+            raise ConfigurationError(
+                f"state_dict_type='sharded' writes to folders of this machine's file system, not to '{filepath}' "
+                'with storage options or elsewhere. Use state_dict_type="full" for it.'
+            )
+        later = self.async_checkpoint and self._engine is not None
+        saving = ShardedSave(self.mailbox, self.next_turn(), checkpoint, path, later)
+        saving.start(later)
+        if later:
+            self._saving = saving
+        else:
+            saving.wait()
+
+    def _saved(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            PipelineError: on all ranks, if it could not be.
+        """
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            with self.told("saving a checkpoint"):
+                saving.wait()
+
+    @override
+    def remove_checkpoint(self, filepath: PathLike) -> None:
+        self._saved()
+        super().remove_checkpoint(filepath)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._saved()
+
+    @override
+    def teardown(self) -> None:
+        if self.failed:
+            self._saving = None  # its threads end by themselves
+        self._saved()
+        super().teardown()
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    @override
+    def load_checkpoint(self, checkpoint_path: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+        self._saved()
+        self._source, local = None, local_path(checkpoint_path)
+        checkpoint: dict[str, Any] = {}
+        error: Exception | None = None
+        try:
+            if local is not None and local.exists():
+                check_file(local, self.global_rank, self.world_size)
+            if local is not None and local.is_dir():
+                checkpoint, self._source = read_rest(local, weights_only)
+                later = ("optimizer_states",)
+                checkpoint = fill(checkpoint, self._source, lambda path: path[:1] != later)
+            else:
+                checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+            if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+                raise ConfigurationError(
+                    f"'{checkpoint_path}' is no checkpoint of Lightning: it has no 'state_dict'. Load it yourself, by "
+                    "`model.load_state_dict(torch.load(...))` before `fit`, if these are weights."
+                )
+        except (FileNotFoundError, ConfigurationError) as caught:
+            error = caught
+        except pickle.UnpicklingError as caught:  # torch says how to allow it
+            error = ConfigurationError(f"the checkpoint '{checkpoint_path}' cannot be unpickled: {caught}")
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, ImportError) as caught:
+            error = ConfigurationError(
+                f"the checkpoint '{checkpoint_path}' cannot be read; it is truncated, damaged, or of something else: "
+                f"{caught}"
+            )
+        errors = self.mailbox.gather(("load", self.next_turn()), error, "all ranks to read a checkpoint")
+        first = next((error for error in errors if error is not None), None)
+        if first is not None:
+            raise first
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        check_names(self.lightning_module, checkpoint["state_dict"], strict)
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = []
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=False)):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            held = held_states(saved, parameters)
+            if self._source is not None:
+                held = fill(held, self._source, at=("optimizer_states", number))
+            states.append(held)
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        if KEY in checkpoint and self._engine is not None:
+            put_back(checkpoint[KEY], self.global_rank, self._engine)
+        self._source = None

@@ -1,0 +1,129 @@
+"""Checkpoints are there whole or not at all: processes are killed while they write, disks are full."""
+
+import multiprocessing
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
+from lightning_lwpm.state.shards import ShardedSave
+from lightning_lwpm.state.storage import WholeCheckpointIO
+from lightning_lwpm.state.whole import PREFIX
+
+ROUNDS = 50
+
+
+def checkpoint(version: int) -> dict[str, Any]:
+    """One of which every part tells the version."""
+    weights = {f"layer{i}.weight": torch.full((200, 100), float(version)) for i in range(4)}
+    state = {0: {"step": torch.tensor(float(version)), "mean": torch.full((300,), float(version))}}
+    return {"epoch": version, "state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
+
+
+def save(folder: Path, sharded: bool, version: int) -> None:
+    if sharded:
+        saving = ShardedSave(Mailbox(0, 1, lambda value: [value]), 0, checkpoint(version), folder / "last.ckpt", False)
+        saving.start(later=False)
+        saving.wait()
+    else:
+        WholeCheckpointIO().save_checkpoint(checkpoint(version), folder / "last.ckpt")
+
+
+def load(folder: Path) -> dict[str, Any]:
+    path = folder / "last.ckpt"
+    check_file(path)
+    if is_sharded(path):
+        return fill(*read_rest(path, weights_only=True))
+    return WholeCheckpointIO().load_checkpoint(path, weights_only=True)
+
+
+def version_of(found: dict[str, Any]) -> int:
+    """The version, the same in every part."""
+    values = {float(value) for tensor in found["state_dict"].values() for value in tensor.unique()}
+    state = found["optimizer_states"][0]["state"][0]
+    values |= {float(state["step"]), *map(float, state["mean"].unique()), float(found["epoch"])}
+    assert len(values) == 1, values
+    return int(values.pop())
+
+
+def keep_saving(folder: Path, sharded: bool, version: int, ready: Any) -> None:
+    """Save one version after the other until killed."""
+    torch.set_num_threads(1)
+    ready.send(True)
+    while True:
+        save(folder, sharded, version)
+        version += 1
+
+
+def save_on_a_full_disk(folder: Path, sharded: bool, ready: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save(folder, sharded, 2)
+    except Exception as error:
+        ready.send(str(error))
+    else:
+        ready.send(None)
+
+
+@pytest.fixture(scope="module")
+def forks() -> Any:
+    """Starts processes that have everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_lwpm.state.load", "lightning_lwpm.state.storage"])
+    return context
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["merged", "sharded"])
+def test_killed_at_any_moment(forks: Any, tmp_path: Path, sharded: bool) -> None:
+    chance = random.Random(7)
+    save(tmp_path, sharded, 0)
+    begin, version = time.perf_counter(), 0
+    save(tmp_path, sharded, 0)
+    lasts = time.perf_counter() - begin
+    for _ in range(ROUNDS // 2):
+        here, there = forks.Pipe()
+        process = forks.Process(target=keep_saving, args=(tmp_path, sharded, version + 1, there))
+        process.start()
+        here.recv()
+        time.sleep(chance.random() * 2 * lasts)
+        process.kill()
+        process.join()
+        found = version_of(load(tmp_path))
+        assert found >= version
+        version = found
+        assert all(path.name.startswith(PREFIX) for path in tmp_path.iterdir() if path.name != "last.ckpt")
+    save(tmp_path, sharded, version + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"], "what was left behind is swept away"
+    assert version > 0
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["merged", "sharded"])
+def test_full_disk(forks: Any, tmp_path: Path, sharded: bool) -> None:
+    save(tmp_path, sharded, 1)
+    here, there = forks.Pipe()
+    process = forks.Process(target=save_on_a_full_disk, args=(tmp_path, sharded, there))
+    process.start()
+    error = here.recv()
+    process.join()
+    assert error is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert version_of(load(tmp_path)) == 1
+
+
+def test_one_kind_in_the_place_of_the_other(tmp_path: Path) -> None:
+    for version, sharded in enumerate([False, True, True, False]):
+        save(tmp_path, sharded, version)
+        assert is_sharded(tmp_path / "last.ckpt") == sharded
+        assert version_of(load(tmp_path)) == version
+    save(tmp_path, True, 9)
+    assert len(list((tmp_path / "last.ckpt").glob("data-*"))) == 1
+    WholeCheckpointIO().remove_checkpoint(tmp_path / "last.ckpt")
+    assert list(tmp_path.iterdir()) == []
