@@ -38,6 +38,7 @@ from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
 from lightning_lwpm.tuning.predict import table_of
 from lightning_lwpm.tuning.wish import Wish
+from lightning_lwpm_autoload import STRATEGIES
 
 __all__ = ["LWPMStrategy"]
 
@@ -396,13 +397,5 @@ class LWPMStrategy(OverlappingStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        described = "Layer-wise model parallelism"
-        for name, about, options in (
-            ("lwpm", "", {}),
-            ("lwpm_spawn", " with processes started by 'spawn'", {"start_method": "spawn"}),
-            ("lwpm_fork", " with processes started by 'fork'", {"start_method": "fork"}),
-            ("lwpm_notebook", " in a notebook", {"start_method": "fork"}),
-            ("lwpm_async", " in which no stage waits for the others at optimizer steps", {"schedule": "async"}),
-        ):
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=described + about, **options)
+        for name, (about, options) in STRATEGIES.items():
+            strategy_registry.register(name, cls, about, override=True, **options)  # may be there: see `autoload`
