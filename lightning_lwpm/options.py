@@ -50,6 +50,7 @@ def check_options(
     patience: Any,
     timeline: Any,
     log_bubble: Any,
+    deterministic_rng: Any,
 ) -> None:
     """Check the options that need no model.
 
@@ -120,8 +121,9 @@ def check_options(
         raise ConfigurationError(f"timeline={timeline!r}: pass a path such as 'timeline.svg', or None for no timeline.")
     if timeline is not None:
         check_path(timeline, "timeline=")
-    if not isinstance(log_bubble, bool):
-        raise ConfigurationError(f"log_bubble={log_bubble!r}: pass True or False.")
+    for name, value in (("log_bubble", log_bubble), ("deterministic_rng", deterministic_rng)):
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name}={value!r}: pass True or False.")
 
 
 def check_rules(rules: Any, schedule: str, repartition_every_n_epochs: int) -> None:

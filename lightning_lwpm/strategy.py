@@ -20,12 +20,14 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
 from lightning_lwpm.training.checks import check_module, check_optimizers
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.planning import Planner
@@ -85,6 +87,9 @@ class LWPMStrategy(OverlappingStrategy):
             (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).
         log_bubble: Log the idle part of the devices' time, every ``log_every_n_steps`` batches: ``lwpm/bubble``, and
             with measured costs ``lwpm/bubble_predicted``. Also done where there is a ``timeline``.
+        deterministic_rng: Whether torch's random numbers in a step (dropout) are to depend on the seed, the micro-batch
+            and the layer only: then they are the same for any number of devices, one included. Otherwise each stage
+            draws from a stream of its own.
         staleness_correction: For ``schedule="async"``, as all that follow: what is done about gradients that are late;
             a name, or several joined by ``+``: see ``pipeline.asynchronous.registry``.
         max_staleness: The most optimizer steps that a gradient may be late; 0 is exact training, ``None`` any number.
@@ -113,6 +118,7 @@ class LWPMStrategy(OverlappingStrategy):
         patience: float = 30.0,
         timeline: PathLike | None = None,
         log_bubble: bool = False,
+        deterministic_rng: bool = False,
         staleness_correction: str = DEFAULT,
         max_staleness: int | None = None,
         exact_warmup_steps: int = 0,
@@ -139,12 +145,14 @@ class LWPMStrategy(OverlappingStrategy):
             patience=patience,
             timeline=timeline,
             log_bubble=log_bubble,
+            deterministic_rng=deterministic_rng,
         )
         self._rules = Rules(
             staleness_correction, max_staleness, exact_warmup_steps, exact_final_steps, drain_every_n_steps
         )
         check_rules(self._rules, schedule, repartition_every_n_epochs)
         self.timeline, self.log_bubble, self.process_group_backend = timeline, log_bubble, process_group_backend
+        self.deterministic_rng = deterministic_rng
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
@@ -234,6 +242,7 @@ class LWPMStrategy(OverlappingStrategy):
             layout.ranks,
             self.activation_checkpointing,
             continuous=self._asynchronous,
+            random=LayerRandom(module, Metrics(module).parts(), self.root_device) if self.deterministic_rng else None,
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)

@@ -35,6 +35,7 @@ class LWPMConf:
     patience: float = 30.0
     timeline: str | None = None
     log_bubble: bool = False
+    deterministic_rng: bool = False
     staleness_correction: str = "look_ahead+discount"
     max_staleness: int | None = None
     exact_warmup_steps: int = 0
