@@ -23,7 +23,7 @@ from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.checks import check_module, check_optimizers
+from lightning_lwpm.training.checks import check_module, check_optimizers, warn_of_batch_norm
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
@@ -90,6 +90,8 @@ class LWPMStrategy(OverlappingStrategy):
         deterministic_rng: Whether torch's random numbers in a step (dropout) are to depend on the seed, the micro-batch
             and the layer only: then they are the same for any number of devices, one included. Otherwise each stage
             draws from a stream of its own.
+        deferred_batch_norm: Whether BatchNorm updates its running statistics once a batch, by those of the whole batch.
+            A micro-batch is normalised by its own in any case, as it is where gradients are accumulated.
         staleness_correction: For ``schedule="async"``, as all that follow: what is done about gradients that are late;
             a name, or several joined by ``+``: see ``pipeline.asynchronous.registry``.
         max_staleness: The most optimizer steps that a gradient may be late; 0 is exact training, ``None`` any number.
@@ -119,6 +121,7 @@ class LWPMStrategy(OverlappingStrategy):
         timeline: PathLike | None = None,
         log_bubble: bool = False,
         deterministic_rng: bool = False,
+        deferred_batch_norm: bool = False,
         staleness_correction: str = DEFAULT,
         max_staleness: int | None = None,
         exact_warmup_steps: int = 0,
@@ -146,13 +149,14 @@ class LWPMStrategy(OverlappingStrategy):
             timeline=timeline,
             log_bubble=log_bubble,
             deterministic_rng=deterministic_rng,
+            deferred_batch_norm=deferred_batch_norm,
         )
         self._rules = Rules(
             staleness_correction, max_staleness, exact_warmup_steps, exact_final_steps, drain_every_n_steps
         )
         check_rules(self._rules, schedule, repartition_every_n_epochs)
         self.timeline, self.log_bubble, self.process_group_backend = timeline, log_bubble, process_group_backend
-        self.deterministic_rng = deterministic_rng
+        self.deterministic_rng, self.deferred_batch_norm = deterministic_rng, deferred_batch_norm
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
@@ -206,6 +210,8 @@ class LWPMStrategy(OverlappingStrategy):
             if self._recorder is not None:
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
+            if fitting and self.is_global_zero:
+                warn_of_batch_norm(module, count, self.deferred_batch_norm)
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
@@ -243,6 +249,7 @@ class LWPMStrategy(OverlappingStrategy):
             self.activation_checkpointing,
             continuous=self._asynchronous,
             random=LayerRandom(module, Metrics(module).parts(), self.root_device) if self.deterministic_rng else None,
+            deferred_batch_norm=self.deferred_batch_norm,
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)

@@ -36,6 +36,7 @@ class LWPMConf:
     timeline: str | None = None
     log_bubble: bool = False
     deterministic_rng: bool = False
+    deferred_batch_norm: bool = False
     staleness_correction: str = "look_ahead+discount"
     max_staleness: int | None = None
     exact_warmup_steps: int = 0
