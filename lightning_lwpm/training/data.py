@@ -12,7 +12,7 @@ them meanwhile. In training it does so where batches overlap; else it sends when
 """
 
 import copy
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -27,8 +27,10 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
-from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Upcoming
+from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Stateless, Upcoming
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.private import given
+from lightning_lwpm.training.pulled import Pulled
 from lightning_lwpm.training.tickets import Key, Ticket, map_tickets, tickets
 
 __all__ = ["Feed"]
@@ -52,6 +54,7 @@ class Feed:
         self._streams = 0
         self._number = {"train": 0, "ahead": 0}
         self._sent: dict[tuple[str, int], Batch] = {}
+        self._parts: dict[str, deque[int]] = {"train": deque(), "ahead": deque()}  # by batch, how many were sent for it
         self._wanted: dict[tuple[int, Hashable], set[int]] = defaultdict(set)
         if self.reads:
             mailbox.handle("?leaf", self._on_leaf)
@@ -62,13 +65,15 @@ class Feed:
         """The loader that this rank iterates in the place of ``loader``; it still is a DataLoader if that was one."""
         stream = self._streams
         self._streams += 1
-        mixin = Source if self.reads else Shadow
+        mixins: tuple[type, ...] = (Source if self.reads else Shadow,)
+        if not self.reads and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            mixins += (Stateless,)
         if isinstance(loader, DataLoader):
-            kind: Any = type(type(loader).__name__, (mixin, type(loader)), {})
+            kind: Any = type(type(loader).__name__, (*mixins, type(loader)), {})
             wrapped = kind.__new__(kind)  # a shallow copy: the user's own loader stays as it is
             wrapped.__dict__.update(loader.__dict__)
         else:
-            wrapped = type("Pipelined" + type(loader).__name__, (mixin, Proxy), {})(loader)
+            wrapped = type("Pipelined" + type(loader).__name__, (*mixins, Proxy), {})(loader)
         wrapped.__dict__["_lwpm"] = (self, stream, [0], [])
         return wrapped
 
@@ -97,6 +102,7 @@ class Feed:
             self._number["train"] += 1
             batch = transfer(batch)
             self._send(("train", self._number["train"]), batch)
+            self._parts["train"].append(1)
             return batch
         if len(found) > 1 and self.train_ahead and not self.loop.evaluating():
             raise ConfigurationError(
@@ -104,11 +110,26 @@ class Feed:
                 "schedule"
             )
         if self.reads:
+            assert found[0].key is not None
+            self._parts[found[0].key[0]].append(len(found))
             return map_tickets(batch, lambda ticket: ticket.value)
         if all(ticket.key is not None for ticket in found):
             return map_tickets(batch, self._value)
         self._number["train"] += 1
         return self._take(("train", self._number["train"]))
+
+    def pull(self, dataloader_iter: Any) -> Pulled:
+        """The next batch of a step that takes its batches itself, the same on every rank."""
+        if self.train_ahead and not self.loop.evaluating():
+            raise ConfigurationError(
+                'a `training_step` that takes `dataloader_iter` cannot be read ahead: with schedule="async" take '
+                "`batch`, or use an exact schedule"
+            )
+        batch, *place = next(dataloader_iter)
+        if self.mailbox.world > 1:
+            batch = self.give(batch, lambda raw: raw)
+            given(dataloader_iter, batch)
+        return Pulled(batch, (place[0], place[1]))
 
     def peek(self, index: int) -> Any:
         """A training batch to come, on the device; ``None`` where the epoch ends before.
@@ -128,9 +149,9 @@ class Feed:
 
     def used(self, kind: str) -> None:
         """Every stage has begun with the oldest batch of a kind ("train" or "ahead"): its leaves can go."""
-        oldest = next((key for key in self._sent if key[0] == kind), None)
-        if oldest is not None:
-            del self._sent[oldest]
+        parts = self._parts[kind]
+        for key in [key for key in self._sent if key[0] == kind][: parts.popleft() if parts else 0]:
+            del self._sent[key]
 
     def _send(self, key: tuple[str, int], value: Any) -> None:
         batch = Batch.of(value, 1)
@@ -162,6 +183,7 @@ class Feed:
     def forget_ahead(self) -> None:
         """A new evaluation begins: what the last one left unused is dropped."""
         self._sent = {key: batch for key, batch in self._sent.items() if key[0] != "ahead"}
+        self._parts["ahead"].clear()
 
     def fetch(self, placeholder: Any) -> Tensor:
         """A leaf that was not sent, from the reading rank, which sends it from now on."""

@@ -16,7 +16,7 @@ from lightning_lwpm.training.tickets import Key, Ticket
 if TYPE_CHECKING:
     from lightning_lwpm.training.data import Feed
 
-__all__ = ["Proxy", "Shadow", "Source", "Upcoming"]
+__all__ = ["Proxy", "Shadow", "Source", "Stateless", "Upcoming"]
 
 
 class Proxy:
@@ -103,7 +103,8 @@ class _Window:
         limit, ahead = feed.loop.training_limit(), feed.train_ahead
         if self.kind == "ahead":
             feed.forget_ahead()
-            index, ahead = feed.loop.index(self.loader), feed.ahead
+            # what loaders that are read in turn draw from one generator, they draw in turn
+            index, ahead = feed.loop.index(self.loader), feed.ahead if feed.loop.one_after_another() else 0
             limit = feed.loop.limit(index)
         while True:
             while len(self.window) <= ahead and not ended:
@@ -170,6 +171,17 @@ class Shadow:
         if feed.train_ahead and not feed.loop.evaluating():
             feed.look_ahead(announced)
         return iter(announced)
+
+
+class Stateless:
+    """For a shadow of a loader that has a state: it is that of rank 0's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; the loader itself would begin to read in order to tell."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
 
 
 class _Announced:
