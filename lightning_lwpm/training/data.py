@@ -8,17 +8,25 @@
     to those who have used them before           given is a placeholder, fetched when a layer touches it
 
 In evaluation rank 0 reads and sends a few batches ahead, because it holds the last stage: the first stages work on
-them meanwhile. In training it does so where batches overlap; else it sends when Lightning moves a batch to the device.
+them meanwhile. In training it does so where batches overlap, or with one batch where nobody can tell; else it sends
+when Lightning moves a batch to the device.
 """
 
 import copy
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -31,9 +39,12 @@ from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Stateless, Up
 from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.private import given
 from lightning_lwpm.training.pulled import Pulled
-from lightning_lwpm.training.tickets import Key, Ticket, map_tickets, tickets
+from lightning_lwpm.training.tickets import Key, Place, Ticket, map_tickets, tickets
 
 __all__ = ["Feed"]
+
+_DRAWN_BEFORE = (RandomSampler, SequentialSampler, DistributedSampler)
+"""Samplers that draw nothing from the process's generators after their first index."""
 
 
 class Feed:
@@ -52,9 +63,10 @@ class Feed:
         self.train_ahead = train_ahead
         self._upcoming: Upcoming | None = None
         self._streams = 0
-        self._number = {"train": 0, "ahead": 0}
+        self._number = {"train": 0, "early": 0, "ahead": 0}
         self._sent: dict[tuple[str, int], Batch] = {}
-        self._parts: dict[str, deque[int]] = {"train": deque(), "ahead": deque()}  # by batch, how many were sent for it
+        self._given: dict[bool, list[Key]] = {True: [], False: []}  # in training, in evaluation; not yet used up
+        self._places: dict[Key, Place] = {}  # of what has been read ahead
         self._wanted: dict[tuple[int, Hashable], set[int]] = defaultdict(set)
         if self.reads:
             mailbox.handle("?leaf", self._on_leaf)
@@ -99,10 +111,8 @@ class Feed:
         """
         found = list(tickets(batch))
         if not found:
-            self._number["train"] += 1
             batch = transfer(batch)
-            self._send(("train", self._number["train"]), batch)
-            self._parts["train"].append(1)
+            self._given[True].append(self.send("train", batch))
             return batch
         if len(found) > 1 and self.train_ahead and not self.loop.evaluating():
             raise ConfigurationError(
@@ -110,8 +120,7 @@ class Feed:
                 "schedule"
             )
         if self.reads:
-            assert found[0].key is not None
-            self._parts[found[0].key[0]].append(len(found))
+            self._given[not self.loop.evaluating()] += [ticket.key for ticket in found if ticket.key is not None]
             return map_tickets(batch, lambda ticket: ticket.value)
         if all(ticket.key is not None for ticket in found):
             return map_tickets(batch, self._value)
@@ -147,11 +156,15 @@ class Feed:
             ticket.value = self._take(ticket.key)
         return ticket.value
 
-    def used(self, kind: str) -> None:
-        """Every stage has begun with the oldest batch of a kind ("train" or "ahead"): its leaves can go."""
-        parts = self._parts[kind]
-        for key in [key for key in self._sent if key[0] == kind][: parts.popleft() if parts else 0]:
-            del self._sent[key]
+    def used(self, training: bool) -> None:
+        """Every stage has begun with all that has been given in training or in evaluation: the leaves can go."""
+        for key in self._given[training]:
+            self._drop(key)
+        self._given[training].clear()
+
+    def _drop(self, key: Key) -> None:
+        self._sent.pop(key, None)
+        self._places.pop(key, None)
 
     def _send(self, key: tuple[str, int], value: Any) -> None:
         batch = Batch.of(value, 1)
@@ -169,10 +182,18 @@ class Feed:
                     f"{type(error).__name__}: {error}. Leave it out of the batch, in the dataset or the `collate_fn`."
                 ) from error
 
-    def send_ahead(self, kind: str, value: Any) -> Key:
-        """Send a batch before its turn; returns under what."""
+    def send(self, kind: str, value: Any, place: Place | None = None) -> Key:
+        """Send a batch on the device to all ranks; returns under what.
+
+        Args:
+            kind: See ``Key``.
+            value: The batch.
+            place: The iteration that has read it before its turn.
+        """
         self._number[kind] += 1
         key = (kind, self._number[kind])
+        if place is not None:
+            self._places[key] = place
         self._send(key, value)
         return key
 
@@ -180,10 +201,30 @@ class Feed:
         """Take the training batches to come from an iteration that has begun."""
         self._upcoming = upcoming
 
-    def forget_ahead(self) -> None:
-        """A new evaluation begins: what the last one left unused is dropped."""
-        self._sent = {key: batch for key, batch in self._sent.items() if key[0] != "ahead"}
-        self._parts["ahead"].clear()
+    def forget(self, place: Place) -> None:
+        """An iteration begins: what those of this loader have read ahead and left unused is dropped.
+
+        But for the last one: loaders that are read in turn begin anew while a batch is on its way through the loop.
+        """
+        stream, turn = place
+        for key in [key for key, (s, t) in self._places.items() if s == stream and t < turn - 1]:
+            self._drop(key)
+
+    def reads_early(self, loader: Any) -> bool:
+        """Whether a training batch can be read, moved and sent while the one before is computed, and nobody could tell.
+
+        So it is where workers read, in an order that has been drawn before, where the loader has no state that a
+        checkpoint holds, and where no hook of the user takes part.
+        """
+        return (
+            isinstance(loader, DataLoader)
+            and loader.num_workers > 0
+            and (isinstance(loader.dataset, IterableDataset) or type(loader.sampler) in _DRAWN_BEFORE)
+            and (loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler)
+            and not hasattr(loader, "state_dict")
+            and self.loop.trainer.train_dataloader is loader
+            and not self.loop.hooks_transfer()
+        )
 
     def fetch(self, placeholder: Any) -> Tensor:
         """A leaf that was not sent, from the reading rank, which sends it from now on."""

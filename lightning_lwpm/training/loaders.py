@@ -2,7 +2,8 @@
 
 ::
 
-    exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device
+    exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device,
+                         or while the one before is computed
     read ahead           rank 0 transfers and sends some batches before their turn; others may look at those to come
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_lwpm.training.private import forget_indices
-from lightning_lwpm.training.tickets import Key, Ticket
+from lightning_lwpm.training.tickets import Key, Place, Ticket
 
 if TYPE_CHECKING:
     from lightning_lwpm.training.data import Feed
@@ -54,13 +55,16 @@ class Source:
             # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
             current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
         current[0].pending = False
-        training = not feed.loop.evaluating()
-        if training and not feed.train_ahead:
-            return self._training(stream, rounds[0], current[0])
-        window = _Window(feed, self, (stream, rounds[0]), current[0], "train" if training else "ahead")
-        if training:
+        place = stream, rounds[0]
+        if feed.loop.evaluating():
+            return iter(_Window(feed, self, place, current[0], "ahead"))
+        if feed.train_ahead:
+            window = _Window(feed, self, place, current[0], "train")
             feed.look_ahead(window)
-        return iter(window)
+            return iter(window)
+        if feed.reads_early(self):
+            return iter(_Window(feed, self, place, current[0], "early"))
+        return self._training(*place, current[0])
 
     def _training(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
         feed = self._lwpm[0]
@@ -91,18 +95,18 @@ class _Window:
         loader: The loader that is iterated.
         place: Names the iteration.
         items: The batches.
-        kind: "train" or "ahead".
+        kind: "train" or "early" in training, "ahead" in evaluation.
     """
 
-    def __init__(self, feed: "Feed", loader: Any, place: tuple[int, int], items: "_Items", kind: str) -> None:
+    def __init__(self, feed: "Feed", loader: Any, place: Place, items: "_Items", kind: str) -> None:
         self.feed, self.loader, self.place, self.items, self.kind = feed, loader, place, items, kind
         self.window: deque[Ticket] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         feed, count, index, ended = self.feed, 0, 0, False
-        limit, ahead = feed.loop.training_limit(), feed.train_ahead
+        limit, ahead = feed.loop.training_limit(), feed.train_ahead or 1
+        feed.forget(self.place)
         if self.kind == "ahead":
-            feed.forget_ahead()
             # what loaders that are read in turn draw from one generator, they draw in turn
             index, ahead = feed.loop.index(self.loader), feed.ahead if feed.loop.one_after_another() else 0
             limit = feed.loop.limit(index)
@@ -115,7 +119,7 @@ class _Window:
                         feed.mailbox.post_all("more", (*self.place, count), None)
                     break
                 value = feed.loop.transfer(item, index)
-                key = feed.send_ahead(self.kind, value)
+                key = feed.send(self.kind, value, self.place)
                 feed.mailbox.post_all("more", (*self.place, count), key)
                 self.window.append(Ticket(value, key))
                 count += 1
@@ -192,7 +196,7 @@ class _Announced:
         place: Names the iteration.
     """
 
-    def __init__(self, feed: "Feed", place: tuple[int, int]) -> None:
+    def __init__(self, feed: "Feed", place: Place) -> None:
         self.feed, self.place = feed, place
         self.known: deque[Ticket] = deque()
         self.count, self.ended = 0, False

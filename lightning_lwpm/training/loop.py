@@ -3,16 +3,18 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_lwpm.training.private import before_transfer, one_after_another, transfer
 
 __all__ = ["Loop"]
 
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _STEPS = {
     RunningStage.TRAINING: "training_step",
     RunningStage.SANITY_CHECKING: "validation_step",
@@ -44,6 +46,14 @@ class Loop:
         name = _STEPS.get(self.trainer.state.stage)  # type: ignore[arg-type]
         return name is not None and is_param_in_hook_signature(
             getattr(self.module, name), "dataloader_iter", explicit=True
+        )
+
+    def hooks_transfer(self) -> bool:
+        """Whether the user has a hand in how batches get to the device."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        places = [(self.module, LightningModule), (datamodule, LightningDataModule)]
+        return self.pulls() or any(
+            place is not None and is_overridden(name, place, kind) for place, kind in places for name in _TRANSFERS
         )
 
     def one_after_another(self) -> bool:

@@ -160,7 +160,7 @@ class Steps:
                 shared = out if self._outputs_wanted("on_train_batch_end") else mean_loss(losses, split.sizes)
                 message = shared, sendable(entries), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
-                self.feed.used("train")
+                self.feed.used(training=True)
         else:
             what = "the loss of this batch from rank 0"
             out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
@@ -194,7 +194,7 @@ class Steps:
 
         out = self.engine.evaluate(split, forward, self._fetcher(split), name)[0]
         if self.mailbox.rank == 0:
-            self.feed.used("ahead")
+            self.feed.used(training=False)
         if self._outputs_wanted(f"on_{name.removesuffix('_step')}_batch_end"):
             self._turn += 1
             out = self.mailbox.broadcast(("output", self._turn), out, what="the output of a step")

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Key", "Ticket", "has_tickets", "map_tickets", "tickets"]
+__all__ = ["Key", "Place", "Ticket", "has_tickets", "map_tickets", "tickets"]
 
 Key = tuple[str, int]
-"""Under what a batch is sent: "train" or "ahead" (evaluation), and a number."""
+"""Under what a batch is sent: "train", "early" (training, before its turn) or "ahead" (evaluation), and a number."""
+
+Place = tuple[int, int]
+"""An iteration: the number of the loader, and how often it has been iterated."""
 
 
 class Ticket:

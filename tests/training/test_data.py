@@ -426,6 +426,33 @@ def test_goes_on_in_the_middle_of_an_epoch(runs: Runs, scenario: Any) -> None:
         same(expected, found, f"rank {rank}")
 
 
+def early(kwargs: dict[str, Any], module: Any = None, loader: Any = None) -> list[int]:
+    """How many batches rank 0 has sent early, or is about to, when each step begins."""
+    sent = []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            sent.append(trainer.strategy._feed._number["early"])
+
+    trainer = L.Trainer(**{**kwargs, "max_epochs": 2, "limit_train_batches": 3, "callbacks": [Count()]})
+    trainer.fit(module or Seeing(), loader or train_loader(36, num_workers=1, multiprocessing_context="fork"))
+    return sent
+
+
+def early_unless_hooked(kwargs: dict[str, Any]) -> list[int]:
+    return early(kwargs, Transfers())
+
+
+def early_unless_drawn(kwargs: dict[str, Any]) -> list[int]:
+    return early(kwargs, loader=DataLoader(data(36), batch_sampler=Growing(), **FORK))
+
+
+def test_the_next_batch_is_read_while_one_is_computed(runs: Runs) -> None:
+    """Where workers read; but not what hooks or samplers of the user would notice."""
+    assert runs.on(2, early, 1)[0] == [2, 3, 3, 5, 6, 6]
+    assert runs.on(2, early_unless_hooked, 1)[0] == runs.on(2, early_unless_drawn, 1)[0] == [0] * 6
+
+
 SCENARIOS = [
     augmentation,
     augmentation_in_workers,
