@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -61,7 +62,7 @@ class Feed:
         self.mailbox, self.loop, self.ahead, self.device = mailbox, loop, ahead, loop.device
         self.reads = mailbox.rank == 0
         self.train_ahead = train_ahead
-        self._upcoming: Upcoming | None = None
+        self._upcoming: dict[int, Upcoming] = {}  # by loader
         self._streams = 0
         self._number = {"train": 0, "early": 0, "ahead": 0}
         self._sent: dict[tuple[str, int], Batch] = {}
@@ -114,11 +115,8 @@ class Feed:
             batch = transfer(batch)
             self._given[True].append(self.send("train", batch))
             return batch
-        if len(found) > 1 and self.train_ahead and not self.loop.evaluating():
-            raise ConfigurationError(
-                f'{len(found)} training dataloaders cannot be read ahead: with schedule="async" use one, or an exact '
-                "schedule"
-            )
+        for ticket in found:
+            ticket.given = True
         if self.reads:
             self._given[not self.loop.evaluating()] += [ticket.key for ticket in found if ticket.key is not None]
             return map_tickets(batch, lambda ticket: ticket.value)
@@ -146,9 +144,12 @@ class Feed:
         Args:
             index: 0 for the next one; less than ``train_ahead``.
         """
-        assert self._upcoming is not None
-        ticket = self._upcoming.ticket(index)
-        return None if ticket is None else self._value(ticket)
+        loaders, structure = tree_flatten(self.loop.trainer.train_dataloader)
+        coming = [self._upcoming[loader._lwpm[1]].ticket(index) for loader in loaders]
+        found = [ticket for ticket in coming if ticket is not None]
+        if len(found) < len(loaders):  # a loader that has ended may begin anew
+            return None
+        return tree_unflatten([self._value(ticket) for ticket in found], structure)
 
     def _value(self, ticket: Ticket) -> Any:
         if ticket.value is None:
@@ -197,9 +198,9 @@ class Feed:
         self._send(key, value)
         return key
 
-    def look_ahead(self, upcoming: Upcoming) -> None:
-        """Take the training batches to come from an iteration that has begun."""
-        self._upcoming = upcoming
+    def look_ahead(self, stream: int, upcoming: Upcoming) -> None:
+        """Take the training batches to come of a loader from an iteration that has begun."""
+        self._upcoming[stream] = upcoming
 
     def forget(self, place: Place) -> None:
         """An iteration begins: what those of this loader have read ahead and left unused is dropped.

@@ -60,7 +60,7 @@ class Source:
             return iter(_Window(feed, self, place, current[0], "ahead"))
         if feed.train_ahead:
             window = _Window(feed, self, place, current[0], "train")
-            feed.look_ahead(window)
+            feed.look_ahead(stream, window)
             return iter(window)
         if feed.reads_early(self):
             return iter(_Window(feed, self, place, current[0], "early"))
@@ -87,7 +87,30 @@ class Upcoming(Protocol):
         """The ticket that comes after ``index`` others; ``None`` if there are not as many."""
 
 
-class _Window:
+class _Iteration:
+    """An iteration of which the tickets to come can be looked at: those on their way through Lightning's loop first."""
+
+    def __init__(self) -> None:
+        self.on_the_way: deque[Ticket] = deque()
+
+    def leaves(self, ticket: Ticket) -> Ticket:
+        """The ticket, which Lightning's loop gets now, and maybe keeps for a while."""
+        self.on_the_way.append(ticket)
+        return ticket
+
+    def ticket(self, index: int) -> Ticket | None:
+        """See :class:`Upcoming`."""
+        while self.on_the_way and self.on_the_way[0].given:
+            self.on_the_way.popleft()
+        waiting = len(self.on_the_way)
+        return self.on_the_way[index] if index < waiting else self.inside(index - waiting)
+
+    def inside(self, index: int) -> Ticket | None:
+        """The same of those that the loop has not got yet."""
+        raise NotImplementedError
+
+
+class _Window(_Iteration):
     """Reads and sends batches ahead, and tells the other ranks of them, before Lightning's loop gets them.
 
     Args:
@@ -99,6 +122,7 @@ class _Window:
     """
 
     def __init__(self, feed: "Feed", loader: Any, place: Place, items: "_Items", kind: str) -> None:
+        super().__init__()
         self.feed, self.loader, self.place, self.items, self.kind = feed, loader, place, items, kind
         self.window: deque[Ticket] = deque()
 
@@ -127,10 +151,10 @@ class _Window:
                 if self.kind != "train":
                     feed.mailbox.post_all("more", (*self.place, count), None)
                 return
-            yield self.window.popleft()
+            yield self.leaves(self.window.popleft())
 
-    def ticket(self, index: int) -> Ticket | None:
-        """See :class:`Upcoming`."""
+    def inside(self, index: int) -> Ticket | None:
+        """See :class:`_Iteration`."""
         return self.window[index] if index < len(self.window) else None
 
 
@@ -173,7 +197,7 @@ class Shadow:
         forget_indices(self)
         announced = _Announced(feed, (stream, rounds[0]))
         if feed.train_ahead and not feed.loop.evaluating():
-            feed.look_ahead(announced)
+            feed.look_ahead(stream, announced)
         return iter(announced)
 
 
@@ -188,7 +212,7 @@ class Stateless:
         """Nothing to load."""
 
 
-class _Announced:
+class _Announced(_Iteration):
     """The tickets of the batches that rank 0 announces.
 
     Args:
@@ -197,16 +221,17 @@ class _Announced:
     """
 
     def __init__(self, feed: "Feed", place: Place) -> None:
+        super().__init__()
         self.feed, self.place = feed, place
         self.known: deque[Ticket] = deque()
         self.count, self.ended = 0, False
 
     def __iter__(self) -> Iterator[Any]:
-        while self.ticket(0) is not None:
-            yield self.known.popleft()
+        while self.inside(0) is not None:
+            yield self.leaves(self.known.popleft())
 
-    def ticket(self, index: int) -> Ticket | None:
-        """See :class:`Upcoming`."""
+    def inside(self, index: int) -> Ticket | None:
+        """See :class:`_Iteration`."""
         while len(self.known) <= index and not self.ended:
             what = f"word from rank 0 whether there is a batch {self.count}"
             key = self.feed.mailbox.take("more", (*self.place, self.count), what)

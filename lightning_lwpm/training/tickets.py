@@ -18,6 +18,7 @@ class Ticket:
     def __init__(self, value: Any = None, key: Key | None = None) -> None:
         self.value = value  # the batch, where it is known already
         self.key = key  # elsewhere: under what it was sent ahead; None if it will be sent later
+        self.given = False  # whether it has come to its end
 
 
 def tickets(batch: Any) -> Iterator[Ticket]:
