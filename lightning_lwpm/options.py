@@ -52,6 +52,8 @@ def check_options(
     patience: Any,
     timeline: Any,
     log_bubble: Any,
+    deterministic_rng: Any,
+    deferred_batch_norm: Any,
 ) -> None:
     """Check the options that need no model.
 
@@ -132,8 +134,15 @@ def check_options(
         raise ConfigurationError(f"timeline={timeline!r}: pass a path such as 'timeline.svg', or None for no timeline.")
     if timeline is not None:
         check_path(timeline, "timeline=")
-    if not isinstance(log_bubble, bool):
-        raise ConfigurationError(f"log_bubble={log_bubble!r}: pass True or False.")
+    switches = {"deterministic_rng": deterministic_rng, "deferred_batch_norm": deferred_batch_norm}
+    for name, value in {"log_bubble": log_bubble, **switches}.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name}={value!r}: pass True or False.")
+    if deferred_batch_norm and schedule == "async":
+        raise ConfigurationError(
+            'deferred_batch_norm=True: with schedule="async" a batch has no end at which all stages could update their '
+            "statistics. Leave it out, or use an exact schedule."
+        )
 
 
 def check_rules(rules: Any, schedule: str, repartition_every_n_epochs: int) -> None:

@@ -19,12 +19,14 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.checks import check_module, check_optimizers
+from lightning_lwpm.training.checks import check_module, check_optimizers, warn_of_batch_norm
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
@@ -38,6 +40,7 @@ from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
 from lightning_lwpm.tuning.predict import table_of
 from lightning_lwpm.tuning.wish import Wish
+from lightning_lwpm_autoload import STRATEGIES
 
 __all__ = ["LWPMStrategy"]
 
@@ -87,6 +90,11 @@ class LWPMStrategy(StatefulStrategy):
             (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).
         log_bubble: Log the idle part of the devices' time, every ``log_every_n_steps`` batches: ``lwpm/bubble``, and
             with measured costs ``lwpm/bubble_predicted``. Also done where there is a ``timeline``.
+        deterministic_rng: Whether torch's random numbers in a step (dropout) are to depend on the seed, the micro-batch
+            and the layer only: then they are the same for any number of devices, one included. Otherwise each stage
+            draws from a stream of its own.
+        deferred_batch_norm: Whether BatchNorm updates its running statistics once a batch, by those of the whole batch.
+            A micro-batch is normalised by its own in any case, as it is where gradients are accumulated.
         staleness_correction: For ``schedule="async"``, as all that follow: what is done about gradients that are late;
             a name, or several joined by ``+``: see ``pipeline.asynchronous.registry``.
         max_staleness: The most optimizer steps that a gradient may be late; 0 is exact training, ``None`` any number.
@@ -117,6 +125,8 @@ class LWPMStrategy(StatefulStrategy):
         patience: float = 30.0,
         timeline: PathLike | None = None,
         log_bubble: bool = False,
+        deterministic_rng: bool = False,
+        deferred_batch_norm: bool = False,
         staleness_correction: str = DEFAULT,
         max_staleness: int | None = None,
         exact_warmup_steps: int = 0,
@@ -145,12 +155,15 @@ class LWPMStrategy(StatefulStrategy):
             patience=patience,
             timeline=timeline,
             log_bubble=log_bubble,
+            deterministic_rng=deterministic_rng,
+            deferred_batch_norm=deferred_batch_norm,
         )
         self._rules = Rules(
             staleness_correction, max_staleness, exact_warmup_steps, exact_final_steps, drain_every_n_steps
         )
         check_rules(self._rules, schedule, repartition_every_n_epochs)
         self.timeline, self.log_bubble, self.process_group_backend = timeline, log_bubble, process_group_backend
+        self.deterministic_rng, self.deferred_batch_norm = deterministic_rng, deferred_batch_norm
         self._device_memory = parse_bytes(device_memory)
         self.num_microbatches, self.schedule, self.virtual_stages = num_microbatches, schedule, virtual_stages
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
@@ -205,6 +218,8 @@ class LWPMStrategy(StatefulStrategy):
             if self._recorder is not None:
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
+            if fitting and self.is_global_zero:
+                warn_of_batch_norm(module, count, self.deferred_batch_norm)
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
@@ -241,6 +256,8 @@ class LWPMStrategy(StatefulStrategy):
             layout.ranks,
             self.activation_checkpointing,
             continuous=self._asynchronous,
+            random=LayerRandom(module, Metrics(module).parts(), self.root_device) if self.deterministic_rng else None,
+            deferred_batch_norm=self.deferred_batch_norm,
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)
@@ -386,13 +403,5 @@ class LWPMStrategy(StatefulStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        described = "Layer-wise model parallelism"
-        for name, about, options in (
-            ("lwpm", "", {}),
-            ("lwpm_spawn", " with processes started by 'spawn'", {"start_method": "spawn"}),
-            ("lwpm_fork", " with processes started by 'fork'", {"start_method": "fork"}),
-            ("lwpm_notebook", " in a notebook", {"start_method": "fork"}),
-            ("lwpm_async", " in which no stage waits for the others at optimizer steps", {"schedule": "async"}),
-        ):
-            if name not in strategy_registry:
-                strategy_registry.register(name, cls, description=described + about, **options)
+        for name, (about, options) in STRATEGIES.items():
+            strategy_registry.register(name, cls, about, override=True, **options)  # may be there: see `autoload`

@@ -17,6 +17,7 @@ from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.placement import place
 from lightning_lwpm.staging.randomness import python_random, seed_python
 from lightning_lwpm.staging.tree import map_tensors
@@ -53,6 +54,7 @@ def engine(
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
     carry: Callable[[Mailbox], Transport] = Transport,
+    layers_draw: bool = False,
 ) -> Engine:
     """An engine for ``model`` over ``world`` ranks, which all build the same model.
 
@@ -64,7 +66,8 @@ def engine(
     plan = make_plan(seen.timeline, len(placement or range(world)), partition, place_stages)
     layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
     placement = placement[: layout.num_stages] if placement is not None else None
-    built = Engine(mailbox, transport, model, layout, device, schedule, 0, placement, checkpointing)
+    random = LayerRandom(model, (), device) if layers_draw else None
+    built = Engine(mailbox, transport, model, layout, device, schedule, 0, placement, checkpointing, random=random)
     place(model, lambda name: layout.parameters.get(name) or layout.buffers.get(name), built.stages)
     return built
 
@@ -82,16 +85,18 @@ def train_pipelined(
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
     carry: Callable[[Mailbox], Transport] = Transport,
+    layers_draw: bool = False,
 ) -> dict[str, Any]:
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
     torch.manual_seed(0)
     model = build()
     sample = Batch.of(batches[0], num_microbatches).microbatch(0, private=True)
-    run = engine(rank, world, model, step, sample, partition, schedule, placement, checkpointing, carry)
+    run = engine(rank, world, model, step, sample, partition, schedule, placement, checkpointing, carry, layers_draw)
     model.to(run.device)
     if run.device.type != "cpu":
         batches = map_tensors(lambda tensor: tensor.to(run.device), batches)
     optim = optimizer(model.parameters()) if optimizer else None
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if type(p.detach()) is torch.Tensor}
     losses: list[list[float]] = []
     gradients: list[dict[str, torch.Tensor]] = []
     for value in batches:
@@ -118,6 +123,7 @@ def train_pipelined(
     run.mailbox.gather("end", None)
     run.mailbox.close()
     return {
+        "start": start,
         "losses": losses,
         "gradients": gradients,
         "weights": held,

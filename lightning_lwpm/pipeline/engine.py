@@ -1,7 +1,7 @@
 """The pipeline of one rank: schedule, executor and exchange put together, for whoever brings batches and a step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from lightning_lwpm.pipeline.shared import SharedGradients
 from lightning_lwpm.pipeline.times import Record, Times
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.batch_norm import DeferredBatchNorm
 from lightning_lwpm.staging.compiled import CompiledUnits
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.randomness import TorchRandom
 from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.versions import Versions
 
@@ -42,6 +45,8 @@ class Engine:
         placement: The rank of each stage; by default one stage a rank, the last one on rank 0.
         activation_checkpointing: What is computed again in backward passes; see ``staging.recompute``.
         continuous: Whether batches may overlap: see ``asynchronous.continuous``.
+        random: Torch's random numbers where they are to depend on layers, and not on stages.
+        deferred_batch_norm: Whether running statistics are those of whole batches: see ``staging.batch_norm``.
 
     Attributes:
         times: What this rank has measured of its own work.
@@ -67,6 +72,8 @@ class Engine:
         placement: Sequence[int] | None = None,
         activation_checkpointing: str = "none",
         continuous: bool = False,
+        random: LayerRandom | None = None,
+        deferred_batch_norm: bool = False,
     ) -> None:
         self.mailbox, self.layout, self.device, self.schedule = mailbox, layout, device, schedule
         self.root = root
@@ -94,20 +101,28 @@ class Engine:
         self._compiled = CompiledUnits(root, [module for _, module in units])
         self._recompute = Recompute(activation_checkpointing, root, [unit for unit, _ in units], layout.num_stages - 1)
         # from here on every rank answers for this engine's stages, and nobody asks those of an engine before
-        seed = mailbox.gather("engine", torch.initial_seed(), "all ranks to begin")[0] + serial
+        seed = mailbox.gather("engine", torch.initial_seed(), "all ranks to begin")[0]
+        # whatever takes the place of layers for a batch, from the outside in
+        self._around: list[Any] = [self._versions, self._compiled, self._recompute]
+        if random is not None:
+            random.seed = seed
+            self._around.insert(0, random)
+        if deferred_batch_norm:
+            self._around.insert(0, DeferredBatchNorm(root))
         if self.stages:
             self.executor = Executor(
                 mailbox,
                 found,
                 self._postings,
-                self.stages,
                 layout.num_stages,
                 units,
                 self._versions,
                 device,
                 seed,
+                {stage: TorchRandom(seed + serial, stage, device) for stage in self.stages},
                 self.times,
                 self._recompute,
+                random,
             )
 
     def train(
@@ -265,7 +280,9 @@ class Engine:
         """
         assert self.executor is not None
         self._postings.begin(row, messages, items)
-        with self._versions.batch(), self._compiled.batch(), self._recompute.batch():
+        with ExitStack() as stack:
+            for part in self._around:
+                stack.enter_context(part.batch())
             outputs = self.executor.run(row, items, microbatch, forward, backward, around)
         if backward is not None and self.shared is not None:
             with self.executor.guarded(lambda: "the sum of shared gradients"):

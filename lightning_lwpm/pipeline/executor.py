@@ -15,6 +15,7 @@ from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.recompute import Recompute
@@ -31,14 +32,15 @@ class Executor:
         mailbox: Where failures are told and heard.
         exchanges: The dealings of each stage with the others; empty where there is only one stage.
         postings: The order of this rank's receives.
-        stages: The stages of this rank.
         num_stages: Number of stages.
         units: The units of the layout, with their modules.
         versions: What each stage has a version of its own of.
         device: Where these stages compute.
         seed: Of Python's and NumPy's generators, alike on all ranks.
+        random: By stage of this rank, torch's random numbers.
         times: Where the work of training is noted.
         recompute: What is computed again in backward passes.
+        layers: Torch's random numbers where they are to depend on layers, and not on stages.
 
     Attributes:
         step: The run of the user's step that is under way.
@@ -51,19 +53,20 @@ class Executor:
         mailbox: Mailbox,
         exchanges: Mapping[int, Exchange],
         postings: Postings,
-        stages: Sequence[int],
         num_stages: int,
         units: Sequence[tuple[Unit, nn.Module]],
         versions: Versions,
         device: torch.device,
         seed: int,
+        random: Mapping[int, TorchRandom],
         times: Times,
         recompute: Recompute,
+        layers: LayerRandom | None = None,
     ) -> None:
         self.mailbox, self.exchanges, self.postings = mailbox, exchanges, postings
         self.num_stages, self.units, self.versions = num_stages, list(units), versions
         self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
-        self.random = {stage: TorchRandom(seed, stage, device) for stage in stages}
+        self.random, self.layers = random, layers
         self.step: StagedStep | None = None
         self.at_last = False
         self.deferral = Deferral(lambda: self.step is not None and not self.step.inside)
@@ -131,7 +134,8 @@ class Executor:
             self.times.ready()
             seed_python(self.seed, item.serial)
             whole = lambda _: forward(microbatch(stage, number), number)  # noqa: E731
-            return self.recompute.run(whole, None, self.at_last) if item.grad else whole(None)
+            with self._drawn(stage, item):
+                return self.recompute.run(whole, None, self.at_last) if item.grad else whole(None)
         exchange = self.exchanges[stage]
         if not item.grad:
             exchange.wait_for_room(2 * self.num_stages + 2)
@@ -142,7 +146,7 @@ class Executor:
         def run(peers: Peers) -> Any:
             """The stage's part of the step; in its backward pass once more, if it is computed again."""
             before = self.step, self.at_last
-            step = StagedStep(stage, last, self.units, peers, self.device)
+            step = StagedStep(stage, last, self.units, peers, self.device, self.layers)
             self.step, self.at_last = step, last
             steps.append(step)
             try:
@@ -155,13 +159,17 @@ class Executor:
                 self.step, self.at_last = before
 
         try:
-            with self.random[stage].drawn(), self.versions.of(stage):
+            with self._drawn(stage, item), self.versions.of(stage):
                 out = self.recompute.run(run, peers, last) if item.grad else run(peers)
             exchange.publish(item, steps[0])
         finally:
             for step in steps[:1]:
                 step.close()
         return out
+
+    def _drawn(self, stage: int, item: Item) -> AbstractContextManager[None]:
+        """The time in which a stage draws random numbers for a micro-batch."""
+        return self.random[stage].drawn() if self.layers is None else self.layers.drawn(item.serial)
 
     def _backward(
         self,

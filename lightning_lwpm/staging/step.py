@@ -24,6 +24,7 @@ from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import intercepted
+from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.reach import Reach
@@ -60,6 +61,7 @@ class StagedStep(TorchFunctionMode):
         units: The units and their modules.
         peers: Answers for the earlier stages.
         device: The device of remote tensors.
+        random: Draws random numbers for each layer, if that is wanted.
 
     Attributes:
         reach: What a later stage may ask for.
@@ -67,10 +69,17 @@ class StagedStep(TorchFunctionMode):
     """
 
     def __init__(
-        self, stage: int, last: bool, units: Sequence[tuple[Unit, nn.Module]], peers: Peers, device: torch.device
+        self,
+        stage: int,
+        last: bool,
+        units: Sequence[tuple[Unit, nn.Module]],
+        peers: Peers,
+        device: torch.device,
+        random: LayerRandom | None = None,
     ) -> None:
         super().__init__()
         self.stage, self.last, self.units, self.peers, self.device = stage, last, units, peers, device
+        self.random = random
         self.as_written = AsWritten()
         self.reach = Reach()
         self.trace: Trace = {}
@@ -116,6 +125,8 @@ class StagedStep(TorchFunctionMode):
             key = (unit.name, occurrence, 0)
             stored = [(module.get_submodule(path), name) for path, name in unit.attributes]
             if stage < self.stage:
+                if self.random is not None:
+                    self.random.pass_over(module)
                 arguments: list[Tensor] = []
                 flatten((args, kwargs), arguments)
                 out, values = self._ghost(key, "layer", arguments, None)

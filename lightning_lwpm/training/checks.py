@@ -1,5 +1,6 @@
 """Refuses what cannot run on a partitioned model, before anything is changed."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -7,10 +8,11 @@ from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.staging.batch_norm import batch_norms
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 
-__all__ = ["check_module", "check_optimizers"]
+__all__ = ["check_module", "check_optimizers", "warn_of_batch_norm"]
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> None:
@@ -54,3 +56,22 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 "LBFGS evaluates the loss a number of times that depends on the values, and needs inner products over "
                 "all weights: it cannot run on a partitioned model. Use a first-order optimizer such as AdamW."
             )
+
+
+def warn_of_batch_norm(module: LightningModule, count: int, deferred: bool) -> None:
+    """Say what BatchNorm's statistics are of, where that is not the batch.
+
+    Args:
+        module: The user's module.
+        count: Number of micro-batches.
+        deferred: Whether running statistics are those of whole batches.
+    """
+    names = [name for name, layer in batch_norms(module).items() if layer.training]
+    if names and count > 1 and not deferred:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"'{names[0]}'{more}: BatchNorm takes its statistics from a micro-batch, of which a batch has {count}, as "
+            "it does where gradients are accumulated. Pass deferred_batch_norm=True to update running statistics by "
+            "whole batches, or num_microbatches=1.",
+            stacklevel=2,
+        )

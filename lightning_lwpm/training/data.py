@@ -8,7 +8,8 @@
     to those who have used them before           given is a placeholder, fetched when a layer touches it
 
 In evaluation rank 0 reads and sends a few batches ahead, because it holds the last stage: the first stages work on
-them meanwhile. In training it does so where batches overlap; else it sends when Lightning moves a batch to the device.
+them meanwhile. In training it does so where batches overlap, or with one batch where nobody can tell; else it sends
+when Lightning moves a batch to the device.
 """
 
 import copy
@@ -18,7 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -27,11 +36,16 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
-from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Upcoming
+from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Stateless, Upcoming
 from lightning_lwpm.training.loop import Loop
-from lightning_lwpm.training.tickets import Key, Ticket, map_tickets, tickets
+from lightning_lwpm.training.private import given
+from lightning_lwpm.training.pulled import Pulled
+from lightning_lwpm.training.tickets import Key, Place, Ticket, map_tickets, tickets
 
 __all__ = ["Feed"]
+
+_DRAWN_BEFORE = (RandomSampler, SequentialSampler, DistributedSampler)
+"""Samplers that draw nothing from the process's generators after their first index."""
 
 
 class Feed:
@@ -48,10 +62,12 @@ class Feed:
         self.mailbox, self.loop, self.ahead, self.device = mailbox, loop, ahead, loop.device
         self.reads = mailbox.rank == 0
         self.train_ahead = train_ahead
-        self._upcoming: Upcoming | None = None
+        self._upcoming: dict[int, Upcoming] = {}  # by loader
         self._streams = 0
-        self._number = {"train": 0, "ahead": 0}
+        self._number = {"train": 0, "early": 0, "ahead": 0}
         self._sent: dict[tuple[str, int], Batch] = {}
+        self._given: dict[bool, list[Key]] = {True: [], False: []}  # in training, in evaluation; not yet used up
+        self._places: dict[Key, Place] = {}  # of what has been read ahead
         self._wanted: dict[tuple[int, Hashable], set[int]] = defaultdict(set)
         if self.reads:
             mailbox.handle("?leaf", self._on_leaf)
@@ -62,13 +78,15 @@ class Feed:
         """The loader that this rank iterates in the place of ``loader``; it still is a DataLoader if that was one."""
         stream = self._streams
         self._streams += 1
-        mixin = Source if self.reads else Shadow
+        mixins: tuple[type, ...] = (Source if self.reads else Shadow,)
+        if not self.reads and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            mixins += (Stateless,)
         if isinstance(loader, DataLoader):
-            kind: Any = type(type(loader).__name__, (mixin, type(loader)), {})
+            kind: Any = type(type(loader).__name__, (*mixins, type(loader)), {})
             wrapped = kind.__new__(kind)  # a shallow copy: the user's own loader stays as it is
             wrapped.__dict__.update(loader.__dict__)
         else:
-            wrapped = type("Pipelined" + type(loader).__name__, (mixin, Proxy), {})(loader)
+            wrapped = type("Pipelined" + type(loader).__name__, (*mixins, Proxy), {})(loader)
         wrapped.__dict__["_lwpm"] = (self, stream, [0], [])
         return wrapped
 
@@ -94,21 +112,31 @@ class Feed:
         """
         found = list(tickets(batch))
         if not found:
-            self._number["train"] += 1
             batch = transfer(batch)
-            self._send(("train", self._number["train"]), batch)
+            self._given[True].append(self.send("train", batch))
             return batch
-        if len(found) > 1 and self.train_ahead and not self.loop.evaluating():
-            raise ConfigurationError(
-                f'{len(found)} training dataloaders cannot be read ahead: with schedule="async" use one, or an exact '
-                "schedule"
-            )
+        for ticket in found:
+            ticket.given = True
         if self.reads:
+            self._given[not self.loop.evaluating()] += [ticket.key for ticket in found if ticket.key is not None]
             return map_tickets(batch, lambda ticket: ticket.value)
         if all(ticket.key is not None for ticket in found):
             return map_tickets(batch, self._value)
         self._number["train"] += 1
         return self._take(("train", self._number["train"]))
+
+    def pull(self, dataloader_iter: Any) -> Pulled:
+        """The next batch of a step that takes its batches itself, the same on every rank."""
+        if self.train_ahead and not self.loop.evaluating():
+            raise ConfigurationError(
+                'a `training_step` that takes `dataloader_iter` cannot be read ahead: with schedule="async" take '
+                "`batch`, or use an exact schedule"
+            )
+        batch, *place = next(dataloader_iter)
+        if self.mailbox.world > 1:
+            batch = self.give(batch, lambda raw: raw)
+            given(dataloader_iter, batch)
+        return Pulled(batch, (place[0], place[1]))
 
     def peek(self, index: int) -> Any:
         """A training batch to come, on the device; ``None`` where the epoch ends before.
@@ -116,9 +144,12 @@ class Feed:
         Args:
             index: 0 for the next one; less than ``train_ahead``.
         """
-        assert self._upcoming is not None
-        ticket = self._upcoming.ticket(index)
-        return None if ticket is None else self._value(ticket)
+        loaders, structure = tree_flatten(self.loop.trainer.train_dataloader)
+        coming = [self._upcoming[loader._lwpm[1]].ticket(index) for loader in loaders]
+        found = [ticket for ticket in coming if ticket is not None]
+        if len(found) < len(loaders):  # a loader that has ended may begin anew
+            return None
+        return tree_unflatten([self._value(ticket) for ticket in found], structure)
 
     def _value(self, ticket: Ticket) -> Any:
         if ticket.value is None:
@@ -126,11 +157,15 @@ class Feed:
             ticket.value = self._take(ticket.key)
         return ticket.value
 
-    def used(self, kind: str) -> None:
-        """Every stage has begun with the oldest batch of a kind ("train" or "ahead"): its leaves can go."""
-        oldest = next((key for key in self._sent if key[0] == kind), None)
-        if oldest is not None:
-            del self._sent[oldest]
+    def used(self, training: bool) -> None:
+        """Every stage has begun with all that has been given in training or in evaluation: the leaves can go."""
+        for key in self._given[training]:
+            self._drop(key)
+        self._given[training].clear()
+
+    def _drop(self, key: Key) -> None:
+        self._sent.pop(key, None)
+        self._places.pop(key, None)
 
     def _send(self, key: tuple[str, int], value: Any) -> None:
         batch = Batch.of(value, 1)
@@ -148,20 +183,49 @@ class Feed:
                     f"{type(error).__name__}: {error}. Leave it out of the batch, in the dataset or the `collate_fn`."
                 ) from error
 
-    def send_ahead(self, kind: str, value: Any) -> Key:
-        """Send a batch before its turn; returns under what."""
+    def send(self, kind: str, value: Any, place: Place | None = None) -> Key:
+        """Send a batch on the device to all ranks; returns under what.
+
+        Args:
+            kind: See ``Key``.
+            value: The batch.
+            place: The iteration that has read it before its turn.
+        """
         self._number[kind] += 1
         key = (kind, self._number[kind])
+        if place is not None:
+            self._places[key] = place
         self._send(key, value)
         return key
 
-    def look_ahead(self, upcoming: Upcoming) -> None:
-        """Take the training batches to come from an iteration that has begun."""
-        self._upcoming = upcoming
+    def look_ahead(self, stream: int, upcoming: Upcoming) -> None:
+        """Take the training batches to come of a loader from an iteration that has begun."""
+        self._upcoming[stream] = upcoming
 
-    def forget_ahead(self) -> None:
-        """A new evaluation begins: what the last one left unused is dropped."""
-        self._sent = {key: batch for key, batch in self._sent.items() if key[0] != "ahead"}
+    def forget(self, place: Place) -> None:
+        """An iteration begins: what those of this loader have read ahead and left unused is dropped.
+
+        But for the last one: loaders that are read in turn begin anew while a batch is on its way through the loop.
+        """
+        stream, turn = place
+        for key in [key for key, (s, t) in self._places.items() if s == stream and t < turn - 1]:
+            self._drop(key)
+
+    def reads_early(self, loader: Any) -> bool:
+        """Whether a training batch can be read, moved and sent while the one before is computed, and nobody could tell.
+
+        So it is where workers read, in an order that has been drawn before, where the loader has no state that a
+        checkpoint holds, and where no hook of the user takes part.
+        """
+        return (
+            isinstance(loader, DataLoader)
+            and loader.num_workers > 0
+            and (isinstance(loader.dataset, IterableDataset) or type(loader.sampler) in _DRAWN_BEFORE)
+            and (loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler)
+            and not hasattr(loader, "state_dict")
+            and self.loop.trainer.train_dataloader is loader
+            and not self.loop.hooks_transfer()
+        )
 
     def fetch(self, placeholder: Any) -> Tensor:
         """A leaf that was not sent, from the reading rank, which sends it from now on."""

@@ -7,9 +7,12 @@ never.
 from collections.abc import Callable
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.training.private import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
 __all__ = ["ProcessLauncher", "ScriptLauncher"]
@@ -37,6 +40,12 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        starts = not self.cluster_environment.creates_processes_externally
+        if starts and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ConfigurationError(
+                "this is one job of a Hydra sweep (--multirun), and start_method='popen' would run the whole sweep "
+                "again for each further rank. Add trainer.strategy.start_method=spawn, or use strategy='lwpm_spawn'."
+            )
         return super().launch(_Telling(function, trainer), *args, trainer=trainer, **kwargs)
 
 

@@ -2,7 +2,8 @@
 
 ::
 
-    exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device
+    exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device,
+                         or while the one before is computed
     read ahead           rank 0 transfers and sends some batches before their turn; others may look at those to come
 """
 
@@ -11,12 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_lwpm.training.private import forget_indices
-from lightning_lwpm.training.tickets import Key, Ticket
+from lightning_lwpm.training.tickets import Key, Place, Ticket
 
 if TYPE_CHECKING:
     from lightning_lwpm.training.data import Feed
 
-__all__ = ["Proxy", "Shadow", "Source", "Upcoming"]
+__all__ = ["Proxy", "Shadow", "Source", "Stateless", "Upcoming"]
 
 
 class Proxy:
@@ -54,13 +55,16 @@ class Source:
             # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
             current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
         current[0].pending = False
-        training = not feed.loop.evaluating()
-        if training and not feed.train_ahead:
-            return self._training(stream, rounds[0], current[0])
-        window = _Window(feed, self, (stream, rounds[0]), current[0], "train" if training else "ahead")
-        if training:
-            feed.look_ahead(window)
-        return iter(window)
+        place = stream, rounds[0]
+        if feed.loop.evaluating():
+            return iter(_Window(feed, self, place, current[0], "ahead"))
+        if feed.train_ahead:
+            window = _Window(feed, self, place, current[0], "train")
+            feed.look_ahead(stream, window)
+            return iter(window)
+        if feed.reads_early(self):
+            return iter(_Window(feed, self, place, current[0], "early"))
+        return self._training(*place, current[0])
 
     def _training(self, stream: int, turn: int, items: "_Items") -> Iterator[Any]:
         feed = self._lwpm[0]
@@ -83,7 +87,30 @@ class Upcoming(Protocol):
         """The ticket that comes after ``index`` others; ``None`` if there are not as many."""
 
 
-class _Window:
+class _Iteration:
+    """An iteration of which the tickets to come can be looked at: those on their way through Lightning's loop first."""
+
+    def __init__(self) -> None:
+        self.on_the_way: deque[Ticket] = deque()
+
+    def leaves(self, ticket: Ticket) -> Ticket:
+        """The ticket, which Lightning's loop gets now, and maybe keeps for a while."""
+        self.on_the_way.append(ticket)
+        return ticket
+
+    def ticket(self, index: int) -> Ticket | None:
+        """See :class:`Upcoming`."""
+        while self.on_the_way and self.on_the_way[0].given:
+            self.on_the_way.popleft()
+        waiting = len(self.on_the_way)
+        return self.on_the_way[index] if index < waiting else self.inside(index - waiting)
+
+    def inside(self, index: int) -> Ticket | None:
+        """The same of those that the loop has not got yet."""
+        raise NotImplementedError
+
+
+class _Window(_Iteration):
     """Reads and sends batches ahead, and tells the other ranks of them, before Lightning's loop gets them.
 
     Args:
@@ -91,19 +118,21 @@ class _Window:
         loader: The loader that is iterated.
         place: Names the iteration.
         items: The batches.
-        kind: "train" or "ahead".
+        kind: "train" or "early" in training, "ahead" in evaluation.
     """
 
-    def __init__(self, feed: "Feed", loader: Any, place: tuple[int, int], items: "_Items", kind: str) -> None:
+    def __init__(self, feed: "Feed", loader: Any, place: Place, items: "_Items", kind: str) -> None:
+        super().__init__()
         self.feed, self.loader, self.place, self.items, self.kind = feed, loader, place, items, kind
         self.window: deque[Ticket] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         feed, count, index, ended = self.feed, 0, 0, False
-        limit, ahead = feed.loop.training_limit(), feed.train_ahead
+        limit, ahead = feed.loop.training_limit(), feed.train_ahead or 1
+        feed.forget(self.place)
         if self.kind == "ahead":
-            feed.forget_ahead()
-            index, ahead = feed.loop.index(self.loader), feed.ahead
+            # what loaders that are read in turn draw from one generator, they draw in turn
+            index, ahead = feed.loop.index(self.loader), feed.ahead if feed.loop.one_after_another() else 0
             limit = feed.loop.limit(index)
         while True:
             while len(self.window) <= ahead and not ended:
@@ -114,7 +143,7 @@ class _Window:
                         feed.mailbox.post_all("more", (*self.place, count), None)
                     break
                 value = feed.loop.transfer(item, index)
-                key = feed.send_ahead(self.kind, value)
+                key = feed.send(self.kind, value, self.place)
                 feed.mailbox.post_all("more", (*self.place, count), key)
                 self.window.append(Ticket(value, key))
                 count += 1
@@ -122,10 +151,10 @@ class _Window:
                 if self.kind != "train":
                     feed.mailbox.post_all("more", (*self.place, count), None)
                 return
-            yield self.window.popleft()
+            yield self.leaves(self.window.popleft())
 
-    def ticket(self, index: int) -> Ticket | None:
-        """See :class:`Upcoming`."""
+    def inside(self, index: int) -> Ticket | None:
+        """See :class:`_Iteration`."""
         return self.window[index] if index < len(self.window) else None
 
 
@@ -168,11 +197,22 @@ class Shadow:
         forget_indices(self)
         announced = _Announced(feed, (stream, rounds[0]))
         if feed.train_ahead and not feed.loop.evaluating():
-            feed.look_ahead(announced)
+            feed.look_ahead(stream, announced)
         return iter(announced)
 
 
-class _Announced:
+class Stateless:
+    """For a shadow of a loader that has a state: it is that of rank 0's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; the loader itself would begin to read in order to tell."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class _Announced(_Iteration):
     """The tickets of the batches that rank 0 announces.
 
     Args:
@@ -180,17 +220,18 @@ class _Announced:
         place: Names the iteration.
     """
 
-    def __init__(self, feed: "Feed", place: tuple[int, int]) -> None:
+    def __init__(self, feed: "Feed", place: Place) -> None:
+        super().__init__()
         self.feed, self.place = feed, place
         self.known: deque[Ticket] = deque()
         self.count, self.ended = 0, False
 
     def __iter__(self) -> Iterator[Any]:
-        while self.ticket(0) is not None:
-            yield self.known.popleft()
+        while self.inside(0) is not None:
+            yield self.leaves(self.known.popleft())
 
-    def ticket(self, index: int) -> Ticket | None:
-        """See :class:`Upcoming`."""
+    def inside(self, index: int) -> Ticket | None:
+        """See :class:`_Iteration`."""
         while len(self.known) <= index and not self.ended:
             what = f"word from rank 0 whether there is a batch {self.count}"
             key = self.feed.mailbox.take("more", (*self.place, self.count), what)

@@ -15,7 +15,8 @@ from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.partition.undo import generators_kept
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.training.data import Feed
-from lightning_lwpm.training.private import first_loaders
+from lightning_lwpm.training.private import first_loaders, set_up_training_data
+from lightning_lwpm.training.pulled import Pulled
 
 __all__ = ["STEPS", "Onlooker"]
 
@@ -79,7 +80,8 @@ class Onlooker:
         try:
             with self._stage(), torch.set_grad_enabled(train), self.context():
                 metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-                return probe(module, lambda: step(micro, *kwargs.values()), metrics)
+                pulls = self.feed.loop.pulls()
+                return probe(module, lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()), metrics)
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
@@ -95,7 +97,7 @@ class Onlooker:
         """Let Lightning set up the loaders of this step now (its loops find them done); those of the first batch."""
         trainer = self.trainer
         if self.train:
-            trainer.fit_loop.setup_data()
+            set_up_training_data(trainer)
             return trainer.train_dataloader
         loop: Any = {
             TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,

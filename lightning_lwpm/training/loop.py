@@ -3,14 +3,25 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_lwpm.training.private import before_transfer, transfer
+from lightning_lwpm.training.private import before_transfer, one_after_another, transfer
 
 __all__ = ["Loop"]
+
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_STEPS = {
+    RunningStage.TRAINING: "training_step",
+    RunningStage.SANITY_CHECKING: "validation_step",
+    RunningStage.VALIDATING: "validation_step",
+    RunningStage.TESTING: "test_step",
+    RunningStage.PREDICTING: "predict_step",
+}
 
 
 class Loop:
@@ -30,8 +41,29 @@ class Loop:
         """Whether this is anything but training."""
         return self.trainer.state.stage != RunningStage.TRAINING
 
+    def pulls(self) -> bool:
+        """Whether the present step takes its batches itself, from an argument ``dataloader_iter``."""
+        name = _STEPS.get(self.trainer.state.stage)  # type: ignore[arg-type]
+        return name is not None and is_param_in_hook_signature(
+            getattr(self.module, name), "dataloader_iter", explicit=True
+        )
+
+    def hooks_transfer(self) -> bool:
+        """Whether the user has a hand in how batches get to the device."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        places = [(self.module, LightningModule), (datamodule, LightningDataModule)]
+        return self.pulls() or any(
+            place is not None and is_overridden(name, place, kind) for place, kind in places for name in _TRANSFERS
+        )
+
+    def one_after_another(self) -> bool:
+        """Whether the loaders of this evaluation are read one after another."""
+        return one_after_another(self.trainer)
+
     def transfer(self, batch: Any, dataloader_idx: int = 0, device: torch.device | None = None) -> Any:
         """A batch as it comes from its loader, put on the device as a loop does it, the user's hooks included."""
+        if self.pulls():
+            return batch  # left to the step
         batch = before_transfer(self.module, self.precision.convert_input(batch), dataloader_idx)
         return transfer(self.module, batch, device or self.device, dataloader_idx)
 

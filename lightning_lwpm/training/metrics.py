@@ -28,6 +28,10 @@ class Metrics:
             if isinstance(metric, Metric):
                 metric.distributed_available_fn = _never  # all its state is on one rank
 
+    def parts(self) -> list[nn.Module]:
+        """The metrics and the modules within them."""
+        return [part for metric in self.metrics for part in metric.modules()]
+
     @contextmanager
     def in_step(self, step: StagedStep | None) -> Iterator[None]:
         """While a step runs, metrics are no part of the model: not counted, not ghosted."""

@@ -40,10 +40,13 @@ __all__ = [
     "forget_after_closure",
     "forget_indices",
     "forget_sigterm",
+    "given",
     "init_connection",
+    "one_after_another",
     "optimizers_to_device",
     "replace_sigterm",
     "saves_every",
+    "set_up_training_data",
     "skips_backward",
     "transfer",
 ]
@@ -140,6 +143,35 @@ def first_loaders(loop: Any) -> Any:
     if combined is None:
         return None
     return next(iter(combined.flattened), None) if combined._mode == "sequential" else combined.iterables
+
+
+def one_after_another(trainer: Trainer) -> bool:
+    """Whether this evaluation reads its loaders one after another, not a batch of each in turn."""
+    loop = trainer._active_loop
+    combined = getattr(loop, "_combined_loader", None)
+    return combined is None or combined._mode == "sequential"
+
+
+def given(dataloader_iter: Any, batch: Any) -> None:
+    """Let Lightning's loop hand this batch to hooks, in the place of what the loader of this rank gave."""
+    dataloader_iter.data_fetcher._batch = batch
+
+
+def set_up_training_data(trainer: Trainer) -> None:
+    """Let the fit loop set up its loaders now; where a checkpoint holds their states, with these.
+
+    Lightning sets them up after it has restored the loops; once they are there, it does not load states any more.
+    """
+    loop, checkpoint = trainer.fit_loop, trainer._checkpoint_connector._loaded_checkpoint
+    states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
+    if not states:
+        loop.setup_data()
+        return
+    before, loop._restarting, loop._combined_loader_states_to_load = loop._restarting, True, states
+    try:
+        loop.setup_data()
+    finally:
+        loop._restarting = before
 
 
 def accept_compiled(kind: type[Strategy]) -> None:

@@ -27,6 +27,7 @@ from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
+from lightning_lwpm.training.pulled import Pulled
 from lightning_lwpm.training.termination import Termination
 
 __all__ = ["Steps"]
@@ -42,7 +43,8 @@ class _Pass:
     """
 
     def __init__(self, steps: "Steps", batch: Any, args: tuple[Any, ...]) -> None:
-        self.steps, self.args = steps, args
+        self.steps = steps
+        batch, self.arguments = steps.arguments(batch, args)
         self.split = Batch.of(batch, steps.count)
         self.losses: list[Tensor] = []
         self.scaler = getattr(steps.precision, "scaler", None)
@@ -52,7 +54,7 @@ class _Pass:
         steps = self.steps
         steps.book.microbatch(self.split.sizes[i], steps.engine.at_last)
         with steps.precision.train_step_context(), steps.metrics.in_step(steps.current()):
-            out = steps.module.training_step(micro, *self.args)
+            out = steps.module.training_step(*self.arguments(micro))
         if steps.engine.at_last:
             self.losses.append(loss_of(out))
         return out
@@ -119,6 +121,18 @@ class Steps:
         self.stash.end()
         return self._share(run.split, outputs, run.losses)
 
+    def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+        """The batch, and what the user's step is given of a micro-batch.
+
+        Args:
+            batch: From Lightning's loop, or what a step takes its batches from itself.
+            args: Further arguments.
+        """
+        if not self.feed.loop.pulls():
+            return batch, lambda micro: (micro, *args)
+        pulled = self.feed.pull(batch)
+        return pulled.batch, lambda micro: (Pulled(micro, pulled.place),)
+
     def _following(self, index: int, args: tuple[Any, ...]) -> Work | None:
         """The batch that comes after ``index`` others, of which passes may be begun."""
         if index == len(self._begun):
@@ -146,7 +160,7 @@ class Steps:
                 shared = out if self._outputs_wanted("on_train_batch_end") else mean_loss(losses, split.sizes)
                 message = shared, sendable(entries), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
-                self.feed.used("train")
+                self.feed.used(training=True)
         else:
             what = "the loss of this batch from rank 0"
             out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
@@ -170,16 +184,17 @@ class Steps:
         """
         if self.overlap is not None:
             self.overlap.settle()
+        batch, arguments = self.arguments(batch, args)
         split = Batch.of(batch, 1)
 
         def forward(micro: Any, _: int) -> Any:
             step = self.current()
             with context(), self.metrics.in_step(step), self.book.in_evaluation(step, self.engine.at_last):
-                return getattr(self.module, name)(micro, *args)
+                return getattr(self.module, name)(*arguments(micro))
 
         out = self.engine.evaluate(split, forward, self._fetcher(split), name)[0]
         if self.mailbox.rank == 0:
-            self.feed.used("ahead")
+            self.feed.used(training=False)
         if self._outputs_wanted(f"on_{name.removesuffix('_step')}_batch_end"):
             self._turn += 1
             out = self.mailbox.broadcast(("output", self._turn), out, what="the output of a step")

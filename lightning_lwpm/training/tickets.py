@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Key", "Ticket", "has_tickets", "map_tickets", "tickets"]
+__all__ = ["Key", "Place", "Ticket", "has_tickets", "map_tickets", "tickets"]
 
 Key = tuple[str, int]
-"""Under what a batch is sent: "train" or "ahead" (evaluation), and a number."""
+"""Under what a batch is sent: "train", "early" (training, before its turn) or "ahead" (evaluation), and a number."""
+
+Place = tuple[int, int]
+"""An iteration: the number of the loader, and how often it has been iterated."""
 
 
 class Ticket:
@@ -15,6 +18,7 @@ class Ticket:
     def __init__(self, value: Any = None, key: Key | None = None) -> None:
         self.value = value  # the batch, where it is known already
         self.key = key  # elsewhere: under what it was sent ahead; None if it will be sent later
+        self.given = False  # whether it has come to its end
 
 
 def tickets(batch: Any) -> Iterator[Ticket]:

@@ -1,6 +1,7 @@
 """Asynchronous training in Lightning: exact where it drains, resumed as if never interrupted, in the usual order."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, TensorDataset, default_collate
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, same, weights
 
@@ -57,7 +58,8 @@ def fit(kwargs: dict[str, Any], module: Any = Classifier, batches: int = 12, cal
         **more,
     }
     trainer = L.Trainer(**{**kwargs, **options, "logger": recorder})
-    trainer.fit(own, loader or train_loader(16 * batches - 5, 16), val_loader(), ckpt_path=ckpt_path)
+    loader = loader if loader is not None else train_loader(16 * batches - 5, 16)
+    trainer.fit(own, loader, val_loader(), ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"weights": weights(own), "notes": notes.rows, "metrics": metrics, "steps": trainer.global_step}
 
@@ -192,18 +194,58 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         LWPMStrategy(**options)
 
 
-def two_loaders(kwargs: dict[str, Any]) -> None:
-    class Two(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step(batch["a"], batch_idx)
+class Joined(Classifier):
+    """Takes a batch of each of two loaders."""
 
-    trainer = L.Trainer(**kwargs, max_epochs=1)
-    trainer.fit(Two(), {"a": train_loader(), "b": train_loader()})
+    def loss(self, batch: Any) -> Any:
+        joined = isinstance(batch, dict)
+        return super().loss([torch.cat(parts) for parts in zip(*batch.values(), strict=True)] if joined else batch)
 
 
-def test_two_loaders_are_refused(runs: Runs) -> None:
-    with pytest.raises(Exception, match="2 training dataloaders cannot be read ahead"):
-        runs.on(2, two_loaders, 2, schedule="async")
+class Parts(Classifier):
+    """The same from one loader."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch if len(batch) == 2 else [torch.cat(batch[::2]), torch.cat(batch[1::2])])
+
+
+def _halves() -> tuple[TensorDataset, TensorDataset]:
+    x, y = data(96).tensors
+    return TensorDataset(x[:48], y[:48]), TensorDataset(x[48:], y[48:])
+
+
+class Streamed(IterableDataset):
+    """Of unknown length, of which Lightning always reads one more batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(data(96))
+
+
+def two_loaders(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, Joined, loader={"a": DataLoader(_halves()[0], 8), "b": DataLoader(_halves()[1], 8)})
+
+
+def one_loader(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, Parts, loader=DataLoader(StackDataset(*_halves()), 8, collate_fn=_flat))
+
+
+def _flat(items: Any) -> Any:
+    return tuple(part for half in zip(*items, strict=True) for part in default_collate(list(half)))
+
+
+def known(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, loader=DataLoader(data(96), 16))
+
+
+def unknown(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, loader=DataLoader(Streamed(), 16))
+
+
+@pytest.mark.parametrize(("scenario", "like"), [(two_loaders, one_loader), (unknown, known)])
+def test_batches_overlap_alike_wherever_they_come_from(runs: Runs, scenario: Any, like: Any) -> None:
+    """Of several loaders, or of one of unknown length: the batch that is begun early is the next one."""
+    expected = runs.on(3, like, 2, schedule="async")
+    same(expected, runs.on(3, scenario, 2, schedule="async"))
 
 
 class Stops(Callback):

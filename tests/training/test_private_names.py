@@ -12,6 +12,7 @@ import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fetchers import _DataFetcherWrapper, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
@@ -63,6 +64,12 @@ NAMES = [
     (TRAINER.validate_loop, "_logged_outputs"),
     (TRAINER.validate_loop, "_combined_loader"),
     (TRAINER.predict_loop, "_combined_loader"),
+    (TRAINER, "_active_loop"),
+    (TRAINER._checkpoint_connector, "_loaded_checkpoint"),
+    (TRAINER.fit_loop, "_combined_loader_states_to_load"),
+    (TRAINER.fit_loop, "_restarting"),
+    (_DataLoaderIterDataFetcher(), "_batch"),
+    (_DataFetcherWrapper(_DataLoaderIterDataFetcher()), "data_fetcher"),
     (TRAINER.validate_loop, "setup_data"),
     (TRAINER.predict_loop, "setup_data"),
     (CombinedLoader([], "sequential"), "_mode"),

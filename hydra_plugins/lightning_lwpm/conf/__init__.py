@@ -1,0 +1,1 @@
+"""Hydra takes a folder of configurations only from a package."""
