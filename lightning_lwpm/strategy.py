@@ -22,7 +22,7 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.checks import check_module, check_optimizers
+from lightning_lwpm.training.checks import check_module, check_optimizers, check_precision
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
@@ -193,7 +193,7 @@ class LWPMStrategy(OverlappingStrategy):
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
-                self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+                self._join_precision()
             if self._recorder is not None:
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
@@ -217,6 +217,8 @@ class LWPMStrategy(OverlappingStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
+            if self._asynchronous:
+                check_precision(self.precision_plugin)
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
@@ -381,7 +383,7 @@ class LWPMStrategy(OverlappingStrategy):
             self._recorder = None
         if self._steps is not None:
             self._steps.termination.remove()
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+        self._part_precision()
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
             self.on_train_end()  # not reached where the run was cut short

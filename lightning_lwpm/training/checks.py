@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 
-__all__ = ["check_module", "check_optimizers"]
+__all__ = ["check_module", "check_optimizers", "check_precision"]
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> None:
@@ -54,3 +55,17 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 "LBFGS evaluates the loss a number of times that depends on the values, and needs inner products over "
                 "all weights: it cannot run on a partitioned model. Use a first-order optimizer such as AdamW."
             )
+
+
+def check_precision(precision: Precision) -> None:
+    """Check the precision plugin of asynchronous training.
+
+    Raises:
+        ConfigurationError: saying what to change.
+    """
+    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+        raise ConfigurationError(
+            "precision='16-mixed' scales the loss, and skips a step where the gradients of any stage overflow; with "
+            "schedule='async' other stages have made that step by then, and the next losses are scaled. Use "
+            "precision='bf16-mixed', which needs no scaling, or another schedule, such as 'auto'."
+        )

@@ -5,13 +5,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.training.gradients import clip_by_norm
 from lightning_lwpm.training.overlap import Overlap
-from lightning_lwpm.training.private import after_closure, forget_after_closure
+from lightning_lwpm.training.private import (
+    after_closure,
+    after_unscaling,
+    forget_after_closure,
+    forget_after_unscaling,
+)
 from lightning_lwpm.training.processes import ProcessesStrategy
 
 __all__ = ["OverlappingStrategy"]
@@ -29,6 +34,20 @@ class OverlappingStrategy(ProcessesStrategy, ABC):
     def _end_overlap(self) -> None:
         self._overlap = None
         forget_after_closure(self.precision_plugin)
+
+    def _join_precision(self) -> None:
+        """Let the precision plugin act on what all stages know: the norm of gradients, and whether any overflow."""
+        precision = self.precision_plugin
+        precision.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+            after_unscaling(precision.scaler, lambda overflow: self.reduce_boolean_decision(overflow, all=False))
+
+    def _part_precision(self) -> None:
+        """Undo :meth:`_join_precision`."""
+        precision = self.precision_plugin
+        precision.__dict__.pop("clip_grad_by_norm", None)
+        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+            forget_after_unscaling(precision.scaler)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
