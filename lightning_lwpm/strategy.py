@@ -335,7 +335,8 @@ class LWPMStrategy(OverlappingStrategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self.steps.stash.hand_over()
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        with self._norms():
+            closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
 

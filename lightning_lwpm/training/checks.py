@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
+from lightning_lwpm.training.separable import is_separable
 
 __all__ = ["check_module", "check_optimizers", "check_precision"]
 
@@ -54,6 +56,20 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
             raise ConfigurationError(
                 "LBFGS evaluates the loss a number of times that depends on the values, and needs inner products over "
                 "all weights: it cannot run on a partitioned model. Use a first-order optimizer such as AdamW."
+            )
+        kind = type(optimizer).__name__
+        separable = is_separable(optimizer)
+        if separable is None:
+            rank_zero_warn(
+                f"it could not be tried whether {kind} steps each parameter by its own gradient alone. If it looks at "
+                "all of them at once (a norm over all, a learning rate found for all), each stage looks at its own "
+                "only, and the numbers are not those of one device."
+            )
+        elif not separable:
+            raise ConfigurationError(
+                f"{kind} looks at the gradients of all parameters at once (such as a norm over all, or a learning rate "
+                "found for all), and no rank of a pipeline has them. Switch that off if it has an option for it (and "
+                "use the Trainer's `gradient_clip_val` for clipping), or use another optimizer such as AdamW."
             )
 
 

@@ -1,9 +1,10 @@
-"""Every private name of Lightning that the library touches, in one place, each with its reason; one of torch's too.
+"""Every private name of Lightning that the library touches, in one place, each with its reason; two of torch's too.
 
 `tests/training/test_private_names.py` fails with the name where a new version of Lightning lacks one of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch.trainer.trainer
@@ -45,6 +46,7 @@ __all__ = [
     "replace_sigterm",
     "saves_every",
     "skips_backward",
+    "taking_norms",
     "transfer",
 ]
 
@@ -152,6 +154,17 @@ def after_unscaling(scaler: torch.amp.GradScaler, anywhere: Callable[[bool], boo
 def forget_after_unscaling(scaler: torch.amp.GradScaler) -> None:
     """Undo :func:`after_unscaling`."""
     scaler.__dict__.pop("_unscale_grads_", None)
+
+
+@contextmanager
+def taking_norms(total_norm: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``torch.nn.utils.clip_grad_norm_`` take norms by another function, wherever it was imported from."""
+    module = torch.nn.utils.clip_grad
+    before, module._get_total_norm = module._get_total_norm, total_norm
+    try:
+        yield
+    finally:
+        module._get_total_norm = before
 
 
 def first_loaders(loop: Any) -> Any:

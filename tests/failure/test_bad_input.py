@@ -91,6 +91,26 @@ class Lbfgs(Classifier):
         return torch.optim.LBFGS(self.parameters())
 
 
+class ByNorm(torch.optim.SGD):
+    """Looks at all gradients at once."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        norms = [float(p.grad.norm()) for p in self.param_groups[0]["params"] if p.grad is not None]
+        self.param_groups[0]["lr"] = 1 / sum(norms)
+        return loss
+
+
+class AtOnce(Classifier):
+    def configure_optimizers(self) -> Any:
+        return ByNorm(self.parameters(), lr=0.1)
+
+
+class Clipping(Classifier):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
 class Scaled(Classifier):
     """Trained with a gradient scaler."""
 
@@ -148,6 +168,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         ["names 2 layer(s), but 2 rank(s) need 1"],
     ),
     "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
+    "an optimizer that looks at all": (AtOnce, {}, ["ByNorm", "all parameters at once", "AdamW"]),
+    "norms without barriers": (Clipping, {"schedule": "async"}, ["clip_grad_norm_", "`gradient_clip_val`"]),
     "a scaler without barriers": (Scaled, {"schedule": "async"}, ["precision='16-mixed'", "precision='bf16-mixed'"]),
     "an exception in a layer": (
         Raises,

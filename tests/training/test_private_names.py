@@ -61,6 +61,7 @@ NAMES = [
     (TRAINER.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
     (Precision, "_after_closure"),
     (torch.amp.GradScaler, "_unscale_grads_"),
+    (torch.nn.utils.clip_grad, "_get_total_norm"),
     (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
     (TRAINER.validate_loop, "_logged_outputs"),
     (TRAINER.validate_loop, "_combined_loader"),
