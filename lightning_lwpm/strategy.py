@@ -26,6 +26,7 @@ from lightning_lwpm.training.checks import check_module, check_optimizers, check
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.manual import ManualSteps
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.planning import Planner
@@ -187,7 +188,8 @@ class LWPMStrategy(OverlappingStrategy):
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
-            if fitting and (self.timeline is not None or self.log_bubble):
+            manual = not module.automatic_optimization
+            if fitting and not manual and (self.timeline is not None or self.log_bubble):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
@@ -200,7 +202,8 @@ class LWPMStrategy(OverlappingStrategy):
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
-            self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count, self._overlap)
+            common = trainer, module, engine, feed, self._hooks, self.precision_plugin
+            self._steps = ManualSteps(*common, self.optimizers) if manual else Steps(*common, count, self._overlap)
             if self.world_size > 1:
                 self._steps.termination.install()
 
@@ -208,7 +211,7 @@ class LWPMStrategy(OverlappingStrategy):
         """Everything that comes before the model is looked at."""
         assert self.model is not None and self.lightning_module is not None
         fitting, module = trainer.state.fn == TrainerFn.FITTING, self.lightning_module
-        check_module(module, fitting, self.global_rank == 0)
+        check_module(module, fitting, self.global_rank == 0, self._asynchronous)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least
@@ -238,7 +241,7 @@ class LWPMStrategy(OverlappingStrategy):
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)
-        elif self.world_size > 1:
+        elif self.world_size > 1 and module.automatic_optimization:
             self._reviewer = Reviewer(self._planner, self.mailbox, self._engine, self.repartition_every_n_epochs)
         if self._recorder is not None:
             self._recorder.attach(self._engine, self.plan)
@@ -270,12 +273,16 @@ class LWPMStrategy(OverlappingStrategy):
         """What the user asked for, and what the devices hold."""
         limit = self._device_memory or free_bytes(self.root_device)
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
+        assert self.lightning_module is not None
+        factor = state_factor(self.optimizers)
+        if not self.lightning_module.automatic_optimization:
+            return Wish(self.partition, 1, "gpipe", tuple(limits), factor, 1)
         return Wish(
             self.partition,
             self.num_microbatches,
             self.schedule,
             tuple(limits),
-            state_factor(self.optimizers),
+            factor,
             self.virtual_stages,
             activation_checkpointing=self.activation_checkpointing,
         )
@@ -324,7 +331,8 @@ class LWPMStrategy(OverlappingStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.steps.train(*args, **kwargs)
+        with self._norms():
+            out = self.steps.train(*args, **kwargs)
         if self._reviewer is not None:
             self._reviewer.batch_done()
         return out
@@ -332,6 +340,8 @@ class LWPMStrategy(OverlappingStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
+        if not self.lightning_module.automatic_optimization:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self.steps.stash.hand_over()
@@ -339,6 +349,22 @@ class LWPMStrategy(OverlappingStrategy):
             closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    @override
+    def next_turn(self) -> int:
+        if self._steps is not None:
+            self._steps.meet()
+        return super().next_turn()
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        with self.steps.paused():
+            return super().optimizer_step(optimizer, self.steps.resumed(closure), *args, **kwargs)
+
+    @override
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        with self.steps.paused():
+            super()._clip_by_norm(optimizer, clip_val)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -383,7 +409,7 @@ class LWPMStrategy(OverlappingStrategy):
             self._recorder.remove(self.lightning_module.trainer)
             self._recorder = None
         if self._steps is not None:
-            self._steps.termination.remove()
+            self._steps.remove()
         self._part_precision()
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None

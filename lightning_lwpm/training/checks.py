@@ -16,13 +16,14 @@ from lightning_lwpm.training.separable import is_separable
 __all__ = ["check_module", "check_optimizers", "check_precision"]
 
 
-def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> None:
+def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
     """Check a module before it is partitioned.
 
     Args:
         module: The user's module.
         fitting: Whether it is about to be trained.
         first_rank: Whether this is rank 0, whose weights are everybody's.
+        asynchronous: Whether batches are to overlap.
 
     Raises:
         ConfigurationError: saying what to change.
@@ -33,10 +34,10 @@ def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> No
             f"{name} has no parameters to train, so there is nothing to partition. Define layers in `__init__`, "
             "`setup` or `configure_model`, or train it without this strategy."
         )
-    if fitting and not module.automatic_optimization:
+    if asynchronous and not module.automatic_optimization:
         raise ConfigurationError(
-            f"{name} sets `automatic_optimization=False`: manual optimization is not supported by the 'lwpm' strategy "
-            "yet. Use automatic optimization, or train without this strategy."
+            f"{name} sets `automatic_optimization=False`, and with manual optimization no batch can begin before the "
+            "one before it has ended. Use another schedule than 'async', such as 'auto', or automatic optimization."
         )
     if first_rank and any(is_placeholder(tensor) for _, tensor in named_tensors(module)):
         raise ConfigurationError(

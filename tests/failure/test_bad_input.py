@@ -156,7 +156,7 @@ def unpicklable() -> DataLoader:
 CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
     "no parameters": (Empty, {}, ["Empty", "no parameters"]),
-    "manual optimization": (Manual, {}, ["automatic_optimization=False"]),
+    "manual without barriers": (Manual, {"schedule": "async"}, ["automatic_optimization=False", "'async'"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["returned None"]),
