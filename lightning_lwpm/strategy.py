@@ -22,10 +22,11 @@ from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.checks import check_module, check_optimizers, warn_of_batch_norm
+from lightning_lwpm.training.checks import check_module, check_optimizers, check_precision, warn_of_batch_norm
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
+from lightning_lwpm.training.manual import ManualSteps
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.planning import Planner
@@ -208,13 +209,14 @@ class LWPMStrategy(StatefulStrategy):
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
-            if fitting and (self.timeline is not None or self.log_bubble):
+            manual = not module.automatic_optimization
+            if fitting and not manual and (self.timeline is not None or self.log_bubble):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
                 self._hooks = Hooks(module, trainer, self.mailbox)
                 self._hooks.install()
-                self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+                self._join_precision()
             if self._recorder is not None:
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
@@ -223,7 +225,8 @@ class LWPMStrategy(StatefulStrategy):
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
-            self._steps = Steps(trainer, module, engine, feed, self._hooks, self.precision_plugin, count, self._overlap)
+            common = trainer, module, engine, feed, self._hooks, self.precision_plugin
+            self._steps = ManualSteps(*common, self.optimizers) if manual else Steps(*common, count, self._overlap)
             if self.world_size > 1:
                 self._steps.termination.install()
 
@@ -231,7 +234,7 @@ class LWPMStrategy(StatefulStrategy):
         """Everything that comes before the model is looked at."""
         assert self.model is not None and self.lightning_module is not None
         fitting, module = trainer.state.fn == TrainerFn.FITTING, self.lightning_module
-        check_module(module, fitting, self.global_rank == 0)
+        check_module(module, fitting, self.global_rank == 0, self._asynchronous)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least
@@ -240,6 +243,8 @@ class LWPMStrategy(StatefulStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             check_optimizers(self.optimizers)
+            if self._asynchronous:
+                check_precision(self.precision_plugin)
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
@@ -261,7 +266,7 @@ class LWPMStrategy(StatefulStrategy):
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)
-        elif self.world_size > 1:
+        elif self.world_size > 1 and module.automatic_optimization:
             self._reviewer = Reviewer(self._planner, self.mailbox, self._engine, self.repartition_every_n_epochs)
         if self._recorder is not None:
             self._recorder.attach(self._engine, self.plan)
@@ -293,12 +298,16 @@ class LWPMStrategy(StatefulStrategy):
         """What the user asked for, and what the devices hold."""
         limit = self._device_memory or free_bytes(self.root_device)
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
+        assert self.lightning_module is not None
+        factor = state_factor(self.optimizers)
+        if not self.lightning_module.automatic_optimization:
+            return Wish(self.partition, 1, "gpipe", tuple(limits), factor, 1)
         return Wish(
             self.partition,
             self.num_microbatches,
             self.schedule,
             tuple(limits),
-            state_factor(self.optimizers),
+            factor,
             self.virtual_stages,
             activation_checkpointing=self.activation_checkpointing,
         )
@@ -347,7 +356,8 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.steps.train(*args, **kwargs)
+        with self._norms():
+            out = self.steps.train(*args, **kwargs)
         if self._reviewer is not None:
             self._reviewer.batch_done()
         return out
@@ -355,12 +365,31 @@ class LWPMStrategy(StatefulStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
+        if not self.lightning_module.automatic_optimization:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self.steps.stash.hand_over()
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        with self._norms():
+            closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    @override
+    def next_turn(self) -> int:
+        if self._steps is not None:
+            self._steps.meet()
+        return super().next_turn()
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        with self.steps.paused():
+            return super().optimizer_step(optimizer, self.steps.resumed(closure), *args, **kwargs)
+
+    @override
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        with self.steps.paused():
+            super()._clip_by_norm(optimizer, clip_val)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -385,8 +414,8 @@ class LWPMStrategy(StatefulStrategy):
             self._recorder.remove(self.lightning_module.trainer)
             self._recorder = None
         if self._steps is not None:
-            self._steps.termination.remove()
-        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
+            self._steps.remove()
+        self._part_precision()
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
             self.on_train_end()  # not reached where the run was cut short

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TorchRandom", "python_random", "python_state", "seed_python"]
+__all__ = ["TorchRandom", "put_python", "python_random", "python_state", "seed_python"]
 
 
 def seed_python(seed: int, serial: int) -> None:
@@ -31,7 +31,8 @@ def python_state() -> Any:
     return random.getstate(), numpy.random.get_state() if numpy else None
 
 
-def _put(state: Any) -> None:
+def put_python(state: Any) -> None:
+    """Put Python's and NumPy's generators to where :func:`python_state` has found them."""
     python, numpy = state
     random.setstate(python)
     if numpy is not None:
@@ -47,11 +48,11 @@ def python_random(state: Any = None) -> Iterator[None]:
     """
     before = python_state()
     if state is not None:
-        _put(state)
+        put_python(state)
     try:
         yield
     finally:
-        _put(before)
+        put_python(before)
 
 
 class TorchRandom:

@@ -109,22 +109,14 @@ class StagedStep(TorchFunctionMode):
         self.calls[unit.name] = occurrence + 1
         # a module called more often than planned goes on in the stage of its last planned call
         stage = unit.stages[min(occurrence, len(unit.stages) - 1)]
-        if stage < self.at:
-            raise PipelineError(
-                f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
-                "its layers in another order than when it was partitioned. Name the layers that begin a stage in "
-                "`partition=[...]` so that those called in changing order share a stage."
-            )
-        if stage > self.stage:
-            self.reach.prune()  # here, where all variables of the step are still there
-            raise StageExit
+        self._reach_stage(stage, unit)
         self.unit, self.occurrence, self.index, self.at = unit.name, occurrence, 0, stage
         self.__exit__(None, None, None)  # inside a layer nothing is intercepted: it runs at full speed
         self.inside = True
         try:
             key = (unit.name, occurrence, 0)
             stored = [(module.get_submodule(path), name) for path, name in unit.attributes]
-            if stage < self.stage:
+            if stage != self.stage:
                 if self.random is not None:
                     self.random.pass_over(module)
                 arguments: list[Tensor] = []
@@ -139,11 +131,27 @@ class StagedStep(TorchFunctionMode):
                     out = forward(*args, **kwargs)
                 return out, [owner.__dict__.get(name) for owner, name in stored]
 
-            args, kwargs = map_tensors(localise, (args, kwargs))
+            args, kwargs = map_tensors(self._local, (args, kwargs))
             return self._real(key, "layer", run, args, kwargs)[0]
         finally:
             self.inside = False
             self.__enter__()
+
+    def _reach_stage(self, stage: int, unit: Unit) -> None:
+        """A layer of a stage is called: whether the step goes on here."""
+        if stage < self.at:
+            raise PipelineError(
+                f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
+                "its layers in another order than when it was partitioned. Name the layers that begin a stage in "
+                "`partition=[...]` so that those called in changing order share a stage."
+            )
+        if stage > self.stage:
+            self.reach.prune()  # here, where all variables of the step are still there
+            raise StageExit
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """A tensor as a call of this stage is given it."""
+        return localise(tensor)
 
     # -- glue ----------------------------------------------------------------------------------------------------
 

@@ -5,23 +5,27 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.batch_norm import batch_norms
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
+from lightning_lwpm.training.separable import is_separable
 
-__all__ = ["check_module", "check_optimizers", "warn_of_batch_norm"]
+__all__ = ["check_module", "check_optimizers", "check_precision", "warn_of_batch_norm"]
 
 
-def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> None:
+def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
     """Check a module before it is partitioned.
 
     Args:
         module: The user's module.
         fitting: Whether it is about to be trained.
         first_rank: Whether this is rank 0, whose weights are everybody's.
+        asynchronous: Whether batches are to overlap.
 
     Raises:
         ConfigurationError: saying what to change.
@@ -32,10 +36,10 @@ def check_module(module: LightningModule, fitting: bool, first_rank: bool) -> No
             f"{name} has no parameters to train, so there is nothing to partition. Define layers in `__init__`, "
             "`setup` or `configure_model`, or train it without this strategy."
         )
-    if fitting and not module.automatic_optimization:
+    if asynchronous and not module.automatic_optimization:
         raise ConfigurationError(
-            f"{name} sets `automatic_optimization=False`: manual optimization is not supported by the 'lwpm' strategy "
-            "yet. Use automatic optimization, or train without this strategy."
+            f"{name} sets `automatic_optimization=False`, and with manual optimization no batch can begin before the "
+            "one before it has ended. Use another schedule than 'async', such as 'auto', or automatic optimization."
         )
     if first_rank and any(is_placeholder(tensor) for _, tensor in named_tensors(module)):
         raise ConfigurationError(
@@ -56,6 +60,34 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 "LBFGS evaluates the loss a number of times that depends on the values, and needs inner products over "
                 "all weights: it cannot run on a partitioned model. Use a first-order optimizer such as AdamW."
             )
+        kind = type(optimizer).__name__
+        separable = is_separable(optimizer)
+        if separable is None:
+            rank_zero_warn(
+                f"it could not be tried whether {kind} steps each parameter by its own gradient alone. If it looks at "
+                "all of them at once (a norm over all, a learning rate found for all), each stage looks at its own "
+                "only, and the numbers are not those of one device."
+            )
+        elif not separable:
+            raise ConfigurationError(
+                f"{kind} looks at the gradients of all parameters at once (such as a norm over all, or a learning rate "
+                "found for all), and no rank of a pipeline has them. Switch that off if it has an option for it (and "
+                "use the Trainer's `gradient_clip_val` for clipping), or use another optimizer such as AdamW."
+            )
+
+
+def check_precision(precision: Precision) -> None:
+    """Check the precision plugin of asynchronous training.
+
+    Raises:
+        ConfigurationError: saying what to change.
+    """
+    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+        raise ConfigurationError(
+            "precision='16-mixed' scales the loss, and skips a step where the gradients of any stage overflow; with "
+            "schedule='async' other stages have made that step by then, and the next losses are scaled. Use "
+            "precision='bf16-mixed', which needs no scaling, or another schedule, such as 'auto'."
+        )
 
 
 def warn_of_batch_norm(module: LightningModule, count: int, deferred: bool) -> None:

@@ -4,16 +4,18 @@ Lightning calls ``training_step``, then ``zero_grad``, then ``backward``; the sc
 Fresh gradients are therefore set aside by swapping pointers, and handed over in ``backward``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.placeholder import is_placeholder
 
-__all__ = ["Stash", "clip_by_norm"]
+__all__ = ["Stash", "clip_by_norm", "norm_over_stages"]
 
 
 class Stash:
@@ -61,9 +63,6 @@ class Stash:
 def clip_by_norm(mailbox: Mailbox, key: Any, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Clip by the norm over all stages, in the very order of operations of ``torch.nn.utils.clip_grad_norm_``.
 
-    Each rank gives the norm of each gradient it holds; all ranks then reduce them in the order of the parameters, so
-    the total has the bits of one device, and a parameter that several stages hold counts once.
-
     Args:
         mailbox: Carries one number a parameter.
         key: Names this exchange.
@@ -74,16 +73,56 @@ def clip_by_norm(mailbox: Mailbox, key: Any, parameters: Iterable[nn.Parameter],
         The norm before clipping.
     """
     held = list(parameters)
-    mine = {
-        index: torch.nn.utils.get_total_norm([parameter.grad]).cpu()
-        for index, parameter in enumerate(held)
-        if parameter.grad is not None and not is_placeholder(parameter)
-    }
+    total = _total_norm(mailbox, key, {i: p.grad for i, p in _with_gradients(held)}, 2.0)
+    torch.nn.utils.clip_grads_with_norm_([p for p in held if p.grad is not None], max_norm, total)
+    return total
+
+
+def norm_over_stages(
+    mailbox: Mailbox, key: Callable[[], Any], parameters: Callable[[], Iterable[nn.Parameter]]
+) -> Callable[..., Tensor]:
+    """What stands in for ``torch.nn.utils.get_total_norm`` where the user's code clips by itself, on every rank.
+
+    Args:
+        mailbox: Carries one number a parameter.
+        key: Names each exchange.
+        parameters: Gives those of the model, in the same order on all ranks.
+    """
+
+    @torch.no_grad()
+    def total_norm(tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, *_: Any, **__: Any) -> Any:
+        given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        numbers = {id(parameter.grad): i for i, parameter in _with_gradients(parameters())}
+        if any(id(tensor) not in numbers for tensor in given):
+            raise ConfigurationError(
+                "a norm is asked for of tensors that are not the gradients of parameters of the model (in "
+                "`torch.nn.utils.clip_grad_norm_`), so it cannot be taken over all stages. Give it the parameters."
+            )
+        total = _total_norm(mailbox, key(), {numbers[id(tensor)]: tensor for tensor in given}, float(norm_type))
+        if error_if_nonfinite and not total.isfinite():
+            raise RuntimeError(f"the norm of order {norm_type} of the gradients of all stages is {float(total)}")
+        return total
+
+    return total_norm
+
+
+def _with_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[int, nn.Parameter]]:
+    """The parameters of which this rank has gradients, by number."""
+    for i, parameter in enumerate(parameters):
+        if parameter.grad is not None and not is_placeholder(parameter):
+            yield i, parameter
+
+
+def _total_norm(mailbox: Mailbox, key: Any, gradients: Mapping[int, Tensor | None], norm_type: float) -> Tensor:
+    """The norm over all stages.
+
+    Each rank gives the norm of each gradient it holds; all ranks then reduce them in the order of the parameters, so
+    the total has the bits of one device, and a parameter that several stages hold counts once.
+    """
+    mine = {i: get_total_norm([gradient], norm_type).cpu() for i, gradient in gradients.items() if gradient is not None}
     norms: dict[int, Tensor] = {}
     for part in mailbox.gather(("norms", key), mine, "the gradient norms of all ranks"):
         norms.update(part)
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack([norms[index] for index in sorted(norms)]))
-    torch.nn.utils.clip_grads_with_norm_([p for p in held if p.grad is not None], max_norm, total)
-    return total
+    return torch.linalg.vector_norm(torch.stack([norms[i] for i in sorted(norms)]), norm_type)

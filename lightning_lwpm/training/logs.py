@@ -14,7 +14,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.remote import localise
 from lightning_lwpm.staging.step import StagedStep
 
-__all__ = ["LogBook"]
+__all__ = ["Entry", "LogBook", "sendable"]
 
 Entry = tuple[str, Any, dict[str, Any]]
 
@@ -49,16 +49,23 @@ class LogBook:
         if step is None and real:
             yield
             return
-        log = self.module.log
+        log, before = self.module.log, self.module.__dict__.get("log")
         self.module.__dict__["log"] = functools.partial(step.aside, log) if real and step is not None else _drop
         try:
             yield
         finally:
             del self.module.__dict__["log"]
+            if before is not None:
+                self.module.__dict__["log"] = before
 
     def microbatch(self, samples: float, real: bool) -> None:
         """What is logged from now on comes from a micro-batch of so many samples, and counts if it is ``real``."""
         self._weight, self._real = samples, real
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All calls, in order."""
+        return [entry for _, entry in self._entries]
 
     def merged(self) -> list[Entry]:
         """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples."""

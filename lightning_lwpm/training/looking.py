@@ -1,7 +1,7 @@
 """Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Onlooker:
         module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
         loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
         try:
-            with self._stage(), torch.set_grad_enabled(train), self.context():
+            with self._stage(), torch.set_grad_enabled(train), self.context(), self._unoptimized():
                 metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
                 pulls = self.feed.loop.pulls()
                 return probe(module, lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()), metrics)
@@ -116,8 +116,39 @@ class Onlooker:
                 return None
             return None if batch is None else self.feed.loop.transfer(batch, device=_HOST)
 
+    def _unoptimized(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.module.automatic_optimization else _unoptimized(self.trainer, self.module)
+
     def _stage(self) -> Any:
         return _validating(self.trainer) if self.inside_fit else nullcontext()
+
+
+@contextmanager
+def _unoptimized(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Let what a step does with manual optimization leave weights, optimizers and schedulers as they are."""
+    strategy = trainer.strategy
+    schedulers = [(vars(config.scheduler), dict(vars(config.scheduler))) for config in strategy.lr_scheduler_configs]
+    groups = [group for optimizer in strategy.optimizers for group in optimizer.param_groups]
+    options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    steps = [(vars(optimizer), vars(optimizer).get("step")) for optimizer in strategy.optimizers]
+    weights = [(p, p.detach().clone()) for p in module.parameters()]  # some clip them by hand
+    vars(strategy)["backward"] = lambda loss, *_, **__: loss
+    vars(strategy)["optimizer_step"] = lambda _, closure, *__, **___: closure()
+    for attributes, _ in steps:
+        attributes["step"] = lambda closure=None, **_: closure() if closure is not None else None
+    try:
+        yield
+    finally:
+        del vars(strategy)["backward"], vars(strategy)["optimizer_step"]
+        for attributes, step in steps:
+            del attributes["step"]
+            if step is not None:  # a scheduler's
+                attributes["step"] = step
+        for now, before in [*zip(groups, options, strict=True), *schedulers]:
+            now.update(before)
+        with torch.no_grad():
+            for parameter, values in weights:
+                parameter.copy_(values)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.apply import make_layout
 from lightning_lwpm.partition.costs import Costs, estimate
+from lightning_lwpm.partition.folded import folded
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.probe import Probe
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -173,12 +174,14 @@ class Planner:
     def _ask(self, onlooker: Onlooker, count: int) -> Probe | None:
         """Rank 0 looks; the others hear what it saw, but for the segments."""
         seen = onlooker.look(count) if onlooker.reads else None
+        if seen is not None and not onlooker.module.automatic_optimization:
+            seen = folded(seen)  # its optimizer's steps come between layer calls: each weight is on one rank
         told = replace(seen, segments=()) if seen is not None else None
         told = self._shared(onlooker.name, told, f"the description of `{onlooker.name}`")
         return seen if onlooker.reads else told
 
     def _costs_of(self, onlooker: Onlooker, seen: Probe) -> Costs:
-        if self.costs == "estimated":
+        if self.costs == "estimated" or not onlooker.module.automatic_optimization:
             return estimate(seen.timeline)
         self._turn += 1
         link = measure_link(self.mailbox, self.transport, ("plan", self._turn))

@@ -1,9 +1,10 @@
-"""Every private name of Lightning that the library touches, in one place, each with its reason.
+"""Every private name of Lightning that the library touches, in one place, each with its reason; two of torch's too.
 
 `tests/training/test_private_names.py` fails with the name where a new version of Lightning lacks one of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch.trainer.trainer
@@ -32,12 +33,14 @@ __all__ = [
     "accept_compiled",
     "adopt_epoch",
     "after_closure",
+    "after_unscaling",
     "before_transfer",
     "end_on_sigterm",
     "epoch_of",
     "epoch_values",
     "first_loaders",
     "forget_after_closure",
+    "forget_after_unscaling",
     "forget_indices",
     "forget_sigterm",
     "given",
@@ -48,6 +51,7 @@ __all__ = [
     "saves_every",
     "set_up_training_data",
     "skips_backward",
+    "taking_norms",
     "transfer",
 ]
 
@@ -132,6 +136,43 @@ def after_closure(plugin: Precision, then: Callable[[], None]) -> None:
 def forget_after_closure(plugin: Precision) -> None:
     """Undo :func:`after_closure`."""
     plugin.__dict__.pop("_after_closure", None)
+
+
+def after_unscaling(scaler: torch.amp.GradScaler, anywhere: Callable[[bool], bool]) -> None:
+    """Let a gradient scaler skip a step, and lower its scale, where gradients of any stage overflow.
+
+    All that it learns of gradients comes from this method, also for optimizers that unscale gradients themselves.
+
+    Args:
+        scaler: The scaler of this rank.
+        anywhere: Told whether gradients of this rank overflow, it tells whether those of any rank do.
+    """
+    unscale = scaler._unscale_grads_
+
+    def everywhere(
+        optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        found = unscale(optimizer, inv_scale, found_inf, allow_fp16)
+        overflow = anywhere(any(bool(value) for value in found.values()))
+        return {found_inf.device: torch.full_like(found_inf, float(overflow))}  # also where there is no gradient
+
+    scaler.__dict__["_unscale_grads_"] = everywhere
+
+
+def forget_after_unscaling(scaler: torch.amp.GradScaler) -> None:
+    """Undo :func:`after_unscaling`."""
+    scaler.__dict__.pop("_unscale_grads_", None)
+
+
+@contextmanager
+def taking_norms(total_norm: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``torch.nn.utils.clip_grad_norm_`` take norms by another function, wherever it was imported from."""
+    module = torch.nn.utils.clip_grad
+    before, module._get_total_norm = module._get_total_norm, total_norm
+    try:
+        yield
+    finally:
+        module._get_total_norm = before
 
 
 def first_loaders(loop: Any) -> Any:

@@ -6,7 +6,7 @@ the gradients wait in a :class:`~lightning_lwpm.training.gradients.Stash` for th
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -22,7 +22,7 @@ from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import Stash
 from lightning_lwpm.training.hooks import Hooks
-from lightning_lwpm.training.logs import LogBook, sendable
+from lightning_lwpm.training.logs import Entry, LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
 from lightning_lwpm.training.overlap import Overlap
@@ -119,7 +119,10 @@ class Steps:
             else:
                 outputs = self.engine.train(run.split, run.forward, run.backward, self._fetcher(run.split))
         self.stash.end()
-        return self._share(run.split, outputs, run.losses)
+        if self.mailbox.rank != 0:
+            return self._share(None, None, [])
+        brief = mean_loss(run.losses, run.split.sizes)
+        return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged())
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
         """The batch, and what the user's step is given of a micro-batch.
@@ -149,15 +152,19 @@ class Steps:
             run.split, self.overlap.admission.step_of(ahead), run.forward, run.backward, self._fetcher(run.split)
         )
 
-    def _share(self, split: Batch, outputs: list[Any], losses: list[Tensor]) -> Any:
-        """Give the loss and the logs of a batch to every rank, and log them there."""
+    def _share(self, out: Any, brief: Any, entries: list[Entry]) -> Any:
+        """Give what rank 0 has of a batch to every rank, and log it there.
+
+        Args:
+            out: The output of the step.
+            brief: What is enough of it where no callback of the user looks at it.
+            entries: What it has logged.
+        """
         self._turn += 1
         ending = self.termination.batch_ended()
         if self.mailbox.rank == 0:
-            entries = self.book.merged()
-            out = merge_outputs(outputs, losses, split.sizes)
             if self.mailbox.world > 1:
-                shared = out if self._outputs_wanted("on_train_batch_end") else mean_loss(losses, split.sizes)
+                shared = out if self._outputs_wanted("on_train_batch_end") else brief
                 message = shared, sendable(entries), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
                 self.feed.used(training=True)
@@ -193,12 +200,31 @@ class Steps:
                 return getattr(self.module, name)(*arguments(micro))
 
         out = self.engine.evaluate(split, forward, self._fetcher(split), name)[0]
+        return self._evaluated(name, out)
+
+    def _evaluated(self, name: str, out: Any) -> Any:
+        """An evaluation step has ended: its output on rank 0, and where it is looked at."""
         if self.mailbox.rank == 0:
             self.feed.used(training=False)
         if self._outputs_wanted(f"on_{name.removesuffix('_step')}_batch_end"):
             self._turn += 1
             out = self.mailbox.broadcast(("output", self._turn), out, what="the output of a step")
         return out
+
+    def meet(self) -> None:
+        """All ranks are about to exchange something: none of them may wait for another one's part of the step."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within the block nothing is part of the user's step, which may be under way."""
+        return nullcontext()
+
+    def resumed(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """What an optimizer calls within such a block, as a part of the step again."""
+        return closure
+
+    def remove(self) -> None:
+        """The run has ended."""
+        self.termination.remove()
 
     def _outputs_wanted(self, hook: str) -> bool:
         return self.hooks is not None and self.hooks.outputs_wanted(hook)

@@ -5,8 +5,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from pool import Pool
 from torch import nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader, default_collate
 from training.modules import Classifier, train_loader
 from training.runs import run_here
@@ -89,6 +91,30 @@ class Lbfgs(Classifier):
         return torch.optim.LBFGS(self.parameters())
 
 
+class ByNorm(torch.optim.SGD):
+    """Looks at all gradients at once."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        norms = [float(p.grad.norm()) for p in self.param_groups[0]["params"] if p.grad is not None]
+        self.param_groups[0]["lr"] = 1 / sum(norms)
+        return loss
+
+
+class AtOnce(Classifier):
+    def configure_optimizers(self) -> Any:
+        return ByNorm(self.parameters(), lr=0.1)
+
+
+class Clipping(Classifier):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class Scaled(Classifier):
+    """Trained with a gradient scaler."""
+
+
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -113,9 +139,9 @@ class Unpicklable(Classifier):
         return super().loss(batch["pair"])
 
 
-def fit(kwargs: dict[str, Any], kind: type[Classifier], loader: Any = None) -> None:
+def fit(kwargs: dict[str, Any], kind: type[Classifier], loader: Any = None, **more: Any) -> None:
     L.seed_everything(1)
-    L.Trainer(**kwargs, max_epochs=1).fit(kind(), loader or train_loader(22))
+    L.Trainer(**kwargs, max_epochs=1, **more).fit(kind(), loader or train_loader(22))
 
 
 def unpicklable() -> DataLoader:
@@ -130,7 +156,7 @@ def unpicklable() -> DataLoader:
 CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
     "no parameters": (Empty, {}, ["Empty", "no parameters"]),
-    "manual optimization": (Manual, {}, ["automatic_optimization=False"]),
+    "manual without barriers": (Manual, {"schedule": "async"}, ["automatic_optimization=False", "'async'"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["returned None"]),
@@ -142,6 +168,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         ["names 2 layer(s), but 2 rank(s) need 1"],
     ),
     "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
+    "an optimizer that looks at all": (AtOnce, {}, ["ByNorm", "all parameters at once", "AdamW"]),
+    "norms without barriers": (Clipping, {"schedule": "async"}, ["clip_grad_norm_", "`gradient_clip_val`"]),
+    "a scaler without barriers": (Scaled, {"schedule": "async"}, ["precision='16-mixed'", "precision='bf16-mixed'"]),
     "an exception in a layer": (
         Raises,
         {},
@@ -154,9 +183,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 def test_errors_on_every_rank(pool: Pool, tmp_path: Any, name: str) -> None:
     kind, options, texts = CASES[name]
     options = {"num_microbatches": 2, **options}
-    outcomes = pool.outcomes(
-        2, run_here, lambda kwargs: fit(kwargs, kind), str(tmp_path), options, timeout=30, keep=True
-    )
+
+    def scenario(kwargs: dict[str, Any]) -> None:
+        more = {"plugins": [MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))]} if kind is Scaled else {}
+        fit(kwargs, kind, **more)
+
+    outcomes = pool.outcomes(2, run_here, scenario, str(tmp_path), options, timeout=30, keep=True)
     for rank, (ok, error) in enumerate(outcomes):
         assert not ok, f"rank {rank} went on"
         assert error[0] in ("ConfigurationError", "PipelineError"), error

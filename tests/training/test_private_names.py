@@ -11,6 +11,7 @@ import lightning.pytorch.strategies.launchers
 import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcherWrapper, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -60,6 +61,8 @@ NAMES = [
     (TRAINER._signal_connector, "received_sigterm"),
     (TRAINER.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
     (Precision, "_after_closure"),
+    (torch.amp.GradScaler, "_unscale_grads_"),
+    (torch.nn.utils.clip_grad, "_get_total_norm"),
     (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
     (TRAINER.validate_loop, "_logged_outputs"),
     (TRAINER.validate_loop, "_combined_loader"),

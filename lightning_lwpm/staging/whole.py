@@ -1,0 +1,261 @@
+"""The user's step, run from its first line to its last on every rank: for steps that make backward passes themselves.
+
+::
+
+    the step         z -> G -> D -> loss   backward, opt.step()   D(x)  G(z) -> D -> loss   backward, opt.step()
+    segment               0    1                   |               2     3      4                   |
+    run by rank           1    0                  both             0     1      0                  both
+
+Each layer is run by the rank that holds its weights; on all others its call is ghosted. A segment is what one rank
+runs between two changes of rank, with the code between its layers. What an earlier segment made is joined to this
+one's part of the autograd graph, also where both are of the same rank: so a backward pass goes through each segment
+once, latest first, as it does on one device.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.functions import HOOKS, RANDOM, VALUES
+from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
+from lightning_lwpm.staging.record import Key, Record, observe, version
+from lightning_lwpm.staging.remote import Name, Remote, is_metadata
+from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.staging.tree import map_tensors, tensors
+
+__all__ = ["Made", "Others", "WholeStep"]
+
+
+class Made(NamedTuple):
+    """A tensor that a call of this rank returned or changed."""
+
+    tensor: Tensor
+    name: Name
+    segment: int
+    version: int
+
+
+class Others(Protocol):
+    """What a whole step asks of the other ranks."""
+
+    def record(self, stage: int, key: Key) -> Record:
+        """What the call ``key`` in the present segment of another stage returned."""
+
+    def value(self, remote: Remote) -> Tensor:
+        """The data of a remote tensor, joined to the graph of the present segment."""
+
+    def joined(self, made: Made) -> Tensor:
+        """A tensor of an earlier segment of this rank, joined to the graph of the present one."""
+
+    def turn(self, stage: int) -> None:
+        """End the present segment, and begin one of a stage."""
+
+    def backward(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool) -> None:
+        """Run the backward pass through all segments."""
+
+
+class WholeStep(StagedStep):
+    """One run of the user's step on a batch, on every rank at the same time.
+
+    Args:
+        stage: What this rank runs; -1 for a rank that runs no layer.
+        last: Whether it is the one that reports.
+        units: The units and their modules.
+        device: The device of remote tensors.
+
+    Attributes:
+        segment: The number of the present segment.
+        made: By ``id``, the tensors that this rank has made.
+        by_name: The same by name.
+    """
+
+    peers: Others  # type: ignore[assignment]  # set by whoever answers
+
+    def __init__(self, stage: int, last: bool, units: Sequence[tuple[Unit, nn.Module]], device: torch.device) -> None:
+        super().__init__(stage, last, units, None, device)  # type: ignore[arg-type]
+        self.segment = 0
+        self.made: dict[int, Made] = {}
+        self.by_name: dict[Name, Made] = {}
+        self._touched: list[Remote] = []
+        self._fetched: dict[int, Tensor] = {}
+
+    # -- segments ------------------------------------------------------------------------------------------------
+
+    @override
+    def _reach_stage(self, stage: int, unit: Unit) -> None:
+        if stage != self.at:
+            self.turn(stage)
+
+    def turn(self, stage: int) -> None:
+        """End the present segment, and begin one of a stage."""
+        self.peers.turn(stage)
+        self.segment += 1
+        self.at, self.trace = stage, {}
+        for remote in self._touched:  # what is joined belongs to one segment
+            if remote.local is not None and remote.local.requires_grad:
+                remote.local = None
+        self._touched = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block nothing is part of the step: every rank acts on what it holds, such as its weights."""
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
+
+    def resumed(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """A closure that is part of the step, though an optimizer calls it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, self.inside = self.inside, False
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self.inside = before
+
+        return run
+
+    # -- functions between layers --------------------------------------------------------------------------------
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        if is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is Tensor.backward:
+            return self._backward(*args, **kwargs)
+        if func is torch.autograd.backward:
+            raise PipelineError("`torch.autograd.backward` inside the step: call `self.manual_backward(loss)` instead")
+        return self._function(func, types, args, kwargs)
+
+    @override
+    def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        given = tensors((args, kwargs))
+        weights = any(isinstance(tensor, nn.Parameter | Placeholder) for tensor in given)
+        if not any(map(self._is_derived, given)) and (weights or func not in RANDOM):
+            return func(*args, **kwargs)  # alike on every rank, or each rank's affair with the weights that it holds
+        if func in VALUES:
+            args, kwargs = map_tensors(self._local, (args, kwargs))
+            return func(*args, **kwargs)
+        if func in HOOKS and type(args[0]) is not Remote:
+            return func(*args, **kwargs)
+        if func in HOOKS:
+            raise PipelineError(
+                f"`{func.__name__}` on a tensor that another rank made: put it into the `forward` of the layer that "
+                "makes the tensor"
+            )
+        self.index += 1
+        key = (self.unit, self.occurrence, self.index)
+        called = getattr(func, "__name__", "") or type(func).__name__
+        if self.at == self.stage:
+            args, kwargs = map_tensors(self._local, (args, kwargs))
+            return self._real(key, called, func, args, kwargs)
+        replay = lambda: func(*map_tensors(self._local, args), **map_tensors(self._local, kwargs))  # noqa: E731
+        return self._ghost(key, called, given, replay)
+
+    def _is_derived(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes from layers or from torch's generator: then only one rank computes with it."""
+        return type(tensor) is Remote or id(tensor) in self.made
+
+    @override
+    def _local(self, tensor: Tensor) -> Tensor:
+        if type(tensor) is Remote:
+            return tensor.materialise()
+        made = self.made.get(id(tensor))
+        if made is None or made.segment == self.segment or not tensor.requires_grad:
+            return tensor
+        with self.paused(), torch._C.DisableTorchFunction():
+            return self.peers.joined(made)
+
+    @override
+    def _real(self, key: Key, called: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        given = tensors((args, kwargs))
+        foreign = next((t for t in given if is_placeholder(t) and key[2]), None)
+        if foreign is not None:
+            raise PipelineError(
+                f"`{called}` between layers uses a parameter {tuple(foreign.shape)} that lives on another rank. Use it "
+                "in the `forward` of a layer, or name layers in `partition=[...]` so that it is where it is used."
+            )
+        before = [version(tensor) for tensor in given]
+        out = self._run(func, args, kwargs)
+        record, results = observe(called, out, given, before)
+        self.trace[key] = record
+        plain = set()
+        for i, _ in record.mutated:
+            changed, made = given[i], self.made.get(id(given[i]))
+            if made is not None and made.segment == self.segment:
+                self._note(changed, Name(*key, -1 - i))
+            elif isinstance(changed, nn.Parameter):
+                continue
+            elif made is not None or changed.requires_grad or id(changed) in self._fetched:
+                raise PipelineError(
+                    f"`{called}` changes in place what was made before the last layer call of another rank, or gives a "
+                    "gradient to a tensor made by hand: in manual optimization make a new tensor (`torch.cat`, "
+                    "`torch.where`, `x = x + y`)"
+                )
+            else:
+                plain.add(id(changed))  # every rank does the same to its own
+        for i, tensor in enumerate(results):
+            if id(tensor) not in plain and not isinstance(tensor, nn.Parameter):
+                self._note(tensor, Name(*key, i))
+        return out
+
+    def _note(self, tensor: Tensor, name: Name) -> None:
+        made = Made(tensor, name, self.segment, version(tensor))
+        self.made[id(tensor)] = self.by_name[name] = made
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    @override
+    def materialise(self, remote: Remote) -> Tensor:
+        if self.closed:
+            return super().materialise(remote)  # raises
+        self._touched.append(remote)
+        with self.paused(), torch._C.DisableTorchFunction():
+            if remote.base is not None and remote.replay is not None:
+                remote.base.materialise()
+                value = remote.replay()
+            else:
+                value = self.peers.value(remote)
+        self._fetched[id(value)] = value
+        return value
+
+    @override
+    def keep(self, value: Any) -> None:
+        """Everything is kept until the step ends."""
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """``loss.backward()``, at the same place on every rank."""
+        if create_graph or inputs is not None:
+            raise PipelineError("`backward` with `create_graph` or `inputs` cannot go through several ranks")
+        if is_placeholder(loss) or not self._is_derived(loss) or not loss.requires_grad:
+            raise PipelineError(
+                "`manual_backward` was given a loss that does not depend on the output of any trainable layer (it does "
+                "not require a gradient, or is made of weights alone). Compute it from the model's output, outside "
+                "`torch.no_grad()` and without `.detach()`."
+            )
+        if loss.numel() != 1 and gradient is None:
+            raise PipelineError("`backward` of a loss of several elements: give it a mean or a sum")
+        self.turn(self.at)
+        with self.paused():
+            self.peers.backward(loss, gradient, bool(retain_graph))
