@@ -355,6 +355,9 @@ class LWPMStrategy(OverlappingStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
     ) -> None:
+        if self._mailbox is None:  # nothing has run yet, so each process holds the whole model
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
         with self._resting(checkpoint):
             with self.told("saving a checkpoint"):
                 merged = merge_checkpoint(self.mailbox, self.next_turn(), checkpoint)
