@@ -65,7 +65,8 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
 
     names = {module: name for name, module in holders}
     handles = []
-    with undone(root) as stored, watching_hooks(root, lambda: recorder.all_functions, (before, after)) as hooked:
+    watching = watching_hooks(root, lambda: recorder.all_functions, (before, after))
+    with undone(root, outside) as stored, watching as hooked:
         for _, module in holders:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))

@@ -3,7 +3,7 @@
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +31,20 @@ def generators_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def undone(root: nn.Module) -> Any:
-    """Put back what the block changes: random states, buffers, Python attributes of modules and lists in them.
+def undone(root: nn.Module, outside: Sequence[nn.Module] = ()) -> Any:
+    """Put back what the block changes: random states, buffers, modules in modules, Python attributes and lists in them.
 
     Gives a function that tells, at the end of the block, where it has put tensors into attributes of modules:
     pairs of module name and attribute name.
+
+    Args:
+        root: The model.
+        outside: Modules that are not among the model's own, such as metrics in a list.
     """
+    modules = list(dict.fromkeys(module for top in (root, *outside) for module in top.modules()))
     buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
-    attributes = [(module, {k: (v, _saved(v)) for k, v in _plain(module).items()}) for module in root.modules()]
+    attributes = [(module, {k: (v, _saved(v)) for k, v in _plain(module).items()}) for module in modules]
+    children = [(module, dict(module._modules)) for module in modules]
     gradients = [(p, p.grad, p.requires_grad) for p in root.parameters()]
 
     def stored() -> list[tuple[str, str]]:
@@ -46,6 +52,7 @@ def undone(root: nn.Module) -> Any:
         return [
             (names[module], key)
             for module, plain in attributes
+            if module in names
             for key, value in _plain(module).items()
             if tensors(value) and not (key in plain and _same(value, *plain[key]))
         ]
@@ -54,6 +61,9 @@ def undone(root: nn.Module) -> Any:
         with generators_kept():
             yield stored
     finally:
+        for module, inner in children:
+            module._modules.clear()
+            module._modules.update(inner)
         for module, plain in attributes:
             for key in set(_plain(module)) - set(plain):
                 del module.__dict__[key]

@@ -198,12 +198,16 @@ class Executor:
     def guarded(self, what: Callable[[], str]) -> Any:
         """Tell all ranks of a failure in the block, and raise it with the words that they hear.
 
+        Where there is one rank, its own exception is raised, as on one device.
+
         Args:
             what: Says what has failed, such as "forward of micro-batch 3".
         """
         try:
             yield
         except Exception as error:
+            if self.mailbox.world == 1:
+                raise
             heard = self.mailbox.failure
             failure = self.mailbox.failed(what(), error)
             if heard is not None and isinstance(error, LWPMError):

@@ -1,6 +1,6 @@
 """Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torchmetrics import Metric, MetricCollection
 
 from lightning_lwpm.partition.probe import Probe, probe
-from lightning_lwpm.partition.undo import generators_kept
+from lightning_lwpm.partition.undo import generators_kept, undone
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.training.data import Feed
+from lightning_lwpm.training.metrics import metrics_of
 from lightning_lwpm.training.private import first_loaders, set_up_training_data
 from lightning_lwpm.training.pulled import Pulled
 
@@ -79,14 +80,32 @@ class Onlooker:
         loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
         try:
             with self._stage(), torch.set_grad_enabled(train), self.context(), self._unoptimized():
-                metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
                 pulls = self.feed.loop.pulls()
-                return probe(module, lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()), metrics)
+                return self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
             for m, mode in modes:
                 m.training = mode
+
+    def _probe(self, step: Callable[[], Any]) -> Probe:
+        module = self.module
+        hooks = [name for name in self._hooks() if is_overridden(name, module)]
+        try:
+            return probe(module, step, metrics_of(module))
+        except Exception:
+            if not hooks:
+                raise
+        with undone(module):  # the step may use what its hooks have set
+            for name in hooks:
+                getattr(module, name)()
+            return probe(module, step, metrics_of(module))
+
+    def _hooks(self) -> list[str]:
+        """The hooks that come before the first batch."""
+        kind = self.name.removesuffix("_step").replace("training", "train")
+        first = ["on_fit_start"] if self.train else []
+        return [*first, f"on_{kind}_start", f"on_{kind}_epoch_start"]
 
     def context(self) -> Any:
         """Lightning's precision context for the step."""

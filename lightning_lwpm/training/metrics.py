@@ -1,16 +1,37 @@
 """torchmetrics objects in a step: updated by the last stage only, on real values, never synchronised over stages."""
 
-from collections.abc import Callable, Iterator
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_lwpm.staging.step import StagedStep
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "metrics_of", "never_synchronise"]
+
+
+def metrics_of(module: nn.Module) -> list[nn.Module]:
+    """The metric objects of a module, also those in plain lists, tuples and dicts; without those inside of others."""
+    found: dict[nn.Module, None] = {}
+    for owner in module.modules():
+        held = [*vars(owner).values(), *owner.children()]
+        for value in [v for attribute in held for v in _items(attribute)]:
+            if isinstance(value, Metric | MetricCollection):
+                found[value] = None
+    inner = {child for metric in found for child in metric.modules() if child is not metric}
+    return [metric for metric in found if metric not in inner]
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if type(value) in (list, tuple):
+        return value
+    return value.values() if type(value) is dict else (value,)
 
 
 class Metrics:
@@ -21,12 +42,7 @@ class Metrics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        found = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-        inner = {id(child) for m in found for child in m.modules() if child is not m}
-        self.metrics = [m for m in found if id(m) not in inner]
-        for metric in found:
-            if isinstance(metric, Metric):
-                metric.distributed_available_fn = _never  # all its state is on one rank
+        self.metrics = metrics_of(module)
 
     def parts(self) -> list[nn.Module]:
         """The metrics and the modules within them."""
@@ -65,7 +81,22 @@ class Metrics:
 
 
 _ABSENT = object()
+_sync = Metric.sync
+_pipelines: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
 
 
-def _never() -> bool:
-    return False
+def never_synchronise() -> None:
+    """Metrics do not synchronise over the process group that is there now: all of their state is on one rank.
+
+    This holds for every metric object, also those in lists and callbacks, those that are made later, and after the run.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    _pipelines.add(group)
+    Metric.sync = _sync_elsewhere  # type: ignore[method-assign]
+
+
+@functools.wraps(_sync)
+def _sync_elsewhere(self: Metric, dist_sync_fn: Any = None, process_group: Any = None, *args: Any, **more: Any) -> None:
+    if process_group is not None or not dist.is_initialized() or dist.group.WORLD not in _pipelines:
+        _sync(self, dist_sync_fn, process_group, *args, **more)

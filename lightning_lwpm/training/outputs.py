@@ -9,7 +9,12 @@ from torch import Tensor
 from lightning_lwpm.errors import ConfigurationError, PipelineError
 from lightning_lwpm.staging.remote import localise
 
-__all__ = ["loss_of", "merge_outputs"]
+__all__ = ["has_loss", "loss_of", "mean_loss", "merge_outputs"]
+
+
+def has_loss(output: Any) -> bool:
+    """Whether there is a loss in what ``training_step`` returned."""
+    return isinstance(output.get("loss") if isinstance(output, Mapping) else output, Tensor)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -47,9 +52,11 @@ def merge_outputs(outputs: list[Any], losses: list[Tensor], sizes: list[int]) ->
 
     Args:
         outputs: What the step returned for each micro-batch.
-        losses: The loss of each.
+        losses: The loss of each; none where one device skips the batch.
         sizes: The samples of each.
     """
+    if not losses:
+        return outputs[0]
     loss = mean_loss(losses, sizes)
     if not isinstance(outputs[0], Mapping):
         return loss

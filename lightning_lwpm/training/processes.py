@@ -20,6 +20,7 @@ from lightning_lwpm.pipeline.carrier import connect
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
+from lightning_lwpm.training.metrics import never_synchronise
 from lightning_lwpm.training.private import init_connection
 
 __all__ = ["ProcessesStrategy"]
@@ -97,6 +98,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         self.set_world_ranks()
         assert self.cluster_environment is not None
         init_connection(self.cluster_environment, "gloo", timeout=self.timeout)
+        never_synchronise()
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
         self.transport = connect(self._mailbox, self.root_device, self.process_group_backend, self.timeout)
         # not `atexit`, which processes started by `multiprocessing` leave out: their end would look like a death
@@ -150,7 +152,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         if isinstance(exception, SIGTERMException):
             return  # it leaves the loop of every rank: see ``termination``
         self.failed = True
-        if self._mailbox is not None:
+        if self._mailbox is not None and self.world_size > 1:
             self._mailbox.failed("", exception)
 
     @contextmanager
@@ -160,6 +162,8 @@ class ProcessesStrategy(ParallelStrategy, ABC):
             yield
         except Exception as error:
             self.failed = True
+            if self.world_size == 1:
+                raise
             heard = self.mailbox.failure
             failure = self.mailbox.failed(what, error)
             if heard is not None and isinstance(error, LWPMError):

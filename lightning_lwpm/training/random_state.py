@@ -77,4 +77,4 @@ def put_back(saved: Mapping[str, Any], rank: int, engine: Engine) -> None:
         if stream.devices and position is not None and len(position) == len(stream.devices):
             stream.back_to(position)
         elif stream.devices:
-            engine.executor.random[stage] = TorchRandom(saved["seed"] + saved["serial"], stage, engine.device)
+            stream.back_to(TorchRandom(saved["seed"] + saved["serial"], stage, engine.device).states)

@@ -59,6 +59,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: PathLike, storage_options: Any | None = None
     ) -> None:
+        if self._mailbox is None:  # nothing has run yet, so each process holds the whole model
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
         self._saved()
         with self._resting(checkpoint), self.told("saving a checkpoint"):
             here = streams(self._engine) if self._engine is not None else self._streams

@@ -24,7 +24,7 @@ from lightning_lwpm.training.gradients import Stash
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.logs import Entry, LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
-from lightning_lwpm.training.outputs import loss_of, mean_loss, merge_outputs
+from lightning_lwpm.training.outputs import has_loss, loss_of, mean_loss, merge_outputs
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
 from lightning_lwpm.training.pulled import Pulled
@@ -55,13 +55,16 @@ class _Pass:
         steps.book.microbatch(self.split.sizes[i], steps.engine.at_last)
         with steps.precision.train_step_context(), steps.metrics.in_step(steps.current()):
             out = steps.module.training_step(*self.arguments(micro))
-        if steps.engine.at_last:
+        # one device alone may skip a batch: Lightning does so, or says what is wrong with the output
+        if steps.engine.at_last and (has_loss(out) or steps.mailbox.world > 1 or len(self.split) > 1):
             self.losses.append(loss_of(out))
         return out
 
     def backward(self, out: Any, i: int) -> None:
         """The backward pass of micro-batch ``i``."""
         losses, steps = self.losses, self.steps
+        if not losses:
+            return
         loss = losses[i] if len(losses) == 1 == len(self.split) else losses[i] * self.split.weights[i]
         loss = loss / steps.trainer.accumulate_grad_batches  # as Lightning does, to the bit
         steps.module.backward(loss if self.scaler is None else self.scaler.scale(loss))
