@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
 
@@ -172,6 +172,22 @@ def combined_max_size(kwargs: dict[str, Any]) -> Any:
 
 def combined_max_size_cycle(kwargs: dict[str, Any]) -> Any:
     return _combined(kwargs, "max_size_cycle")
+
+
+class Large(Combined):
+    """The first layer needs what is too large to be sent to everybody."""
+
+    def pair(self, batch: Any) -> Any:
+        parts = [part for part in batch if part is not None] if isinstance(batch[0], list | tuple) else [batch]
+        return torch.cat([x + big.mean(1, keepdim=True) for x, _, big in parts]), torch.cat([y for _, y, _ in parts])
+
+
+def large_batches_in_turn(kwargs: dict[str, Any]) -> Any:
+    """Loaders that are read in turn begin at different times, and must leave each other's batches alone."""
+    generator = torch.Generator().manual_seed(1)
+    sets = [TensorDataset(*data(n).tensors, torch.randn(n, 3000, generator=generator)) for n in (36, 20)]
+    loaders = [DataLoader(items, 8) for items in sets]
+    return fit(kwargs, seeded(Large), loaders[0], CombinedLoader(loaders, "min_size"))
 
 
 class ByEpoch(Sampler):
@@ -461,6 +477,7 @@ SCENARIOS = [
     combined_min_size,
     combined_max_size,
     combined_max_size_cycle,
+    large_batches_in_turn,
     samplers,
     batch_sampler,
     no_batching,
