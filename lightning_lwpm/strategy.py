@@ -221,7 +221,7 @@ class LWPMStrategy(StatefulStrategy):
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
             if fitting and self.is_global_zero:
-                warn_of_batch_norm(module, count, self.deferred_batch_norm)
+                warn_of_batch_norm(module, count if module.automatic_optimization else 1, self.deferred_batch_norm)
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)

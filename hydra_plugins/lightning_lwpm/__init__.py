@@ -35,6 +35,8 @@ class LWPMConf:
     patience: float = 30.0
     timeline: str | None = None
     log_bubble: bool = False
+    async_checkpoint: bool = False
+    state_dict_type: str = "full"
     deterministic_rng: bool = False
     deferred_batch_norm: bool = False
     staleness_correction: str = "look_ahead+discount"

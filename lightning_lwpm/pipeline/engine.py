@@ -105,7 +105,6 @@ class Engine:
         # whatever takes the place of layers for a batch, from the outside in
         self._around: list[Any] = [self._versions, self._compiled, self._recompute]
         if random is not None:
-            random.seed = seed
             self._around.insert(0, random)
         if deferred_batch_norm:
             self._around.insert(0, DeferredBatchNorm(root))

@@ -169,7 +169,7 @@ class Executor:
 
     def _drawn(self, stage: int, item: Item) -> AbstractContextManager[None]:
         """The time in which a stage draws random numbers for a micro-batch."""
-        return self.random[stage].drawn() if self.layers is None else self.layers.drawn(item.serial)
+        return self.random[stage].drawn() if self.layers is None else self.layers.drawn(self.seed, item.serial)
 
     def _backward(
         self,

@@ -31,13 +31,9 @@ class LayerRandom:
         root: The model.
         apart: Modules within it that are no part of it, such as metrics.
         device: Where this rank computes.
-
-    Attributes:
-        seed: Of the run.
     """
 
     def __init__(self, root: nn.Module, apart: Iterable[nn.Module], device: torch.device) -> None:
-        self.seed = 0
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
@@ -52,10 +48,10 @@ class LayerRandom:
         return replaced(self._layers)
 
     @contextmanager
-    def drawn(self, serial: int) -> Iterator[None]:
-        """The time of a step on micro-batch ``serial``; the generators are put back as they were."""
+    def drawn(self, seed: int, serial: int) -> Iterator[None]:
+        """The time of a step on micro-batch ``serial`` of a run; the generators are put back as they were."""
         before = [generator.get_state() for generator in self._generators]
-        _seed(self._generators, self.seed, b"micro-batch %d" % serial)
+        _seed(self._generators, seed, b"micro-batch %d" % serial)
         try:
             yield
         finally:

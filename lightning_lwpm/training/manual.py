@@ -77,6 +77,7 @@ class ManualSteps(Steps):
     def _run(self, name: str, context: Callable[[], AbstractContextManager[Any]], batch: Any, args: Any) -> Any:
         """Run a step; returns its output on rank 0."""
         assert self.whole is not None
+        batch, arguments = self.arguments(batch, args)
         split, real = Batch.of(batch, 1), self.mailbox.rank == 0
         for index, absent in split.absent.items():
             split.leaves[index] = self.feed.fetch(absent)
@@ -85,7 +86,7 @@ class ManualSteps(Steps):
         def step() -> Any:
             running = self.current()
             with context(), self.metrics.in_step(running), self.book.in_evaluation(running, real):
-                return getattr(self.module, name)(split.microbatch(0), *args)
+                return getattr(self.module, name)(*arguments(split.microbatch(0)))
 
         out = self.whole.run(step, self.stash)
         return map_tensors(_value, out) if real else None

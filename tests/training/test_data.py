@@ -349,6 +349,22 @@ def pulling(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, seeded(Pulling), None, val_loader())
 
 
+class ManuallyPulling(Pulling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        loss = super().training_step(dataloader_iter)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+
+def pulling_manually(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, seeded(ManuallyPulling), None, val_loader())
+
+
 def overfit(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, seeded(), None, val_loader(), overfit_batches=2)
 
@@ -485,6 +501,7 @@ SCENARIOS = [
     data_module,
     kinds,
     pulling,
+    pulling_manually,
     overfit,
     limits,
     no_validation,

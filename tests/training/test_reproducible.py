@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from training.modules import Classifier, Recorder, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
@@ -67,6 +68,23 @@ def test_the_same_seed_gives_the_same_run(runs: Runs) -> None:
 def test_draws_do_not_depend_on_the_number_of_devices(runs: Runs) -> None:
     """Nor does the order of the data, which is drawn from the generator that dropout draws from on one device."""
     check(runs, fit, (2, 3), deterministic_rng=True)
+
+
+def epochs(kwargs: dict[str, Any], count: int, **more: Any) -> Any:
+    """So many epochs, with a checkpoint after each; or the rest of them, from one."""
+    L.seed_everything(5, workers=True)
+    module, saved = Random(), ModelCheckpoint(kwargs["default_root_dir"], "{epoch}", save_top_k=-1)
+    options = {**kwargs, "max_epochs": count, "callbacks": [saved], "enable_checkpointing": True}
+    trainer = L.Trainer(**options)
+    path = f"{kwargs['default_root_dir']}/epoch=0.ckpt" if more else None
+    trainer.fit(module, train_loader(36), ckpt_path=path, weights_only=False)
+    return weights(module), trainer.global_step
+
+
+def test_a_run_resumed_on_more_devices_draws_what_it_would_have_drawn(runs: Runs) -> None:
+    options: dict[str, Any] = {"deterministic_rng": True, "folder": "resumed"}
+    whole = runs.on(2, partial(epochs, count=2), 2, **options)[0]
+    same(whole, runs.on(3, partial(epochs, count=2, resumed=True), 2, **options)[0])
 
 
 def test_batch_norm_of_microbatches(runs: Runs) -> None:
