@@ -71,13 +71,13 @@ def test_draws_do_not_depend_on_the_number_of_devices(runs: Runs) -> None:
 
 
 def epochs(kwargs: dict[str, Any], count: int, **more: Any) -> Any:
-    """So many epochs, with a checkpoint after each; or the rest of them, from one."""
+    """So many epochs, with a checkpoint after each; or the rest of them, from that of the first."""
     L.seed_everything(5, workers=True)
     module, saved = Random(), ModelCheckpoint(kwargs["default_root_dir"], "{epoch}", save_top_k=-1)
     options = {**kwargs, "max_epochs": count, "callbacks": [saved], "enable_checkpointing": True}
     trainer = L.Trainer(**options)
     path = f"{kwargs['default_root_dir']}/epoch=0.ckpt" if more else None
-    trainer.fit(module, train_loader(36), ckpt_path=path, weights_only=False)
+    trainer.fit(module, val_loader(36), ckpt_path=path, weights_only=False)  # not shuffled
     return weights(module), trainer.global_step
 
 
