@@ -18,6 +18,7 @@ from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.storage import WholeCheckpointIO, local_path
+from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
@@ -190,8 +191,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             held = held_states(saved, parameters)
             if self._source is not None:
-                held = fill(held, self._source, at=("optimizer_states", number))
-            states.append(held)
+                states.append(fill(held, self._source, at=("optimizer_states", number)))
+            else:  # a copy: the optimizer is not to hold on to a mapped file
+                states.append(replaced(held, lambda _, tensor: tensor.clone()))
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         if self._random is not None and self._engine is not None:
             put_back(self._random, self.global_rank, self._engine)
