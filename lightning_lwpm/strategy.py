@@ -202,6 +202,7 @@ class LWPMStrategy(StatefulStrategy):
         with self.told("setup"):
             feed = self._prepare(trainer)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
+            self._resume_data(trainer)
             layout = self._planner.layout(trainer, module, feed, self._wish())
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]

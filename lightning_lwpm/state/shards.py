@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.placeholder import is_placeholder
+from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.state.merge import agree, unite
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
@@ -180,13 +180,18 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
             return torch.empty_like(tensor.shell, device="meta")  # type: ignore[attr-defined]
         return torch.empty_like(tensor, device="meta") if _large(tensor) else tensor
 
+    def light(_: Any, tensor: Tensor) -> Tensor:
+        return placeholder_like(tensor.detach()) if _large(tensor) else tensor
+
     entries = {
-        (number, index): replaced(checkpoint["optimizer_states"][number]["state"][index], shell)
+        (number, index): replaced(checkpoint["optimizer_states"][number]["state"][index], light)
         for (number, index), owner in shares.entries.items()
         if owner == rank and rank
     }
     everyone = mailbox.gather(("entries", key), entries, "all ranks' optimizer states")
-    rest = unite(replaced(checkpoint, shell), {k: v for part in everyone for k, v in part.items()}) if not rank else {}
+    if rank:
+        return own, {}
+    rest = unite(replaced(checkpoint, shell), {k: replaced(v, shell) for part in everyone for k, v in part.items()})
     return own, rest
 
 

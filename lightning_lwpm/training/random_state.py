@@ -15,7 +15,7 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.randomness import TorchRandom
 
-__all__ = ["KEY", "put_back", "random_states", "streams"]
+__all__ = ["KEY", "generators", "put_back", "put_generators", "random_states", "streams"]
 
 KEY = "random_states"
 
@@ -28,6 +28,28 @@ def streams(engine: Engine) -> dict[str, Any]:
     return {"seed": seed, "serial": engine.serial, "first": 0 in engine.stages, "streams": own}
 
 
+def generators() -> dict[str, Any]:
+    """Where this process's own generators are."""
+    name, words, *numbers = numpy.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": random.getstate(),
+        "numpy": (name, torch.as_tensor(numpy.asarray(words, "int64")), *numbers),
+    }
+
+
+def put_generators(state: Mapping[str, Any]) -> None:
+    """Let this process's own generators go on from :func:`generators`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, words, more = state["python"]
+    random.setstate((version, tuple(words), more))
+    name, words, *numbers = state["numpy"]
+    numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
+
+
 def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any]) -> dict[str, Any]:
     """What the checkpoint has of all ranks.
 
@@ -36,14 +58,7 @@ def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any]) -> dict[s
         key: Names this exchange; the same on all ranks.
         here: From :func:`streams`.
     """
-    name, words, *numbers = numpy.random.get_state(legacy=True)
-    own = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "python": random.getstate(),
-        "numpy": (name, torch.as_tensor(numpy.asarray(words, "int64")), *numbers),
-    }
-    everyone = mailbox.gather(("random", key), (own, here), "the random numbers of all ranks")
+    everyone = mailbox.gather(("random", key), (generators(), here), "the random numbers of all ranks")
     return {
         "seed": everyone[0][1]["seed"],
         "serial": here["serial"],
@@ -60,14 +75,7 @@ def put_back(saved: Mapping[str, Any], rank: int, engine: Engine) -> None:
     """
     ranks = saved["ranks"]
     first = 0 in engine.stages and rank != 0
-    state = ranks[saved["first"]] if first else ranks[min(rank, len(ranks) - 1)]
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], engine.device)
-    version, words, more = state["python"]
-    random.setstate((version, tuple(words), more))
-    name, words, *numbers = state["numpy"]
-    numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
+    put_generators(ranks[saved["first"]] if first else ranks[min(rank, len(ranks) - 1)])
     engine.serial = saved["serial"]
     if engine.executor is None:
         return

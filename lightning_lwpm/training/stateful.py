@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
@@ -16,11 +18,24 @@ from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.storage import WholeCheckpointIO, local_path
+from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO
-from lightning_lwpm.training.random_state import KEY, put_back, random_states, streams
+from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
 
 __all__ = ["StatefulStrategy"]
+
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+)
 
 
 class StatefulStrategy(OverlappingStrategy, ABC):
@@ -36,6 +51,8 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     _engine: Engine | None = None
     _saving: ShardedSave | None = None  # under way
     _source: Path | None = None  # the folder of a sharded checkpoint that is being loaded
+    _random: dict[str, Any] | None = None  # the random numbers of the checkpoint that is being loaded
+    _generators: dict[str, Any] | None = None  # those of this rank since the data is being read
     _streams: dict[str, Any] | None = None  # those of the engine that has ended
 
     @property
@@ -114,6 +131,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def teardown(self) -> None:
         if self.failed:
             self._saving = None  # its threads end by themselves
+        self._source = self._random = self._generators = None
         self._saved()
         super().teardown()
 
@@ -141,18 +159,24 @@ class StatefulStrategy(OverlappingStrategy, ABC):
                 )
         except (FileNotFoundError, ConfigurationError) as caught:
             error = caught
-        except pickle.UnpicklingError as caught:  # torch says how to allow it
-            error = ConfigurationError(f"the checkpoint '{checkpoint_path}' cannot be unpickled: {caught}")
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, ImportError) as caught:
+        except _UNREADABLE as caught:
             error = ConfigurationError(
-                f"the checkpoint '{checkpoint_path}' cannot be read; it is truncated, damaged, or of something else: "
+                f"the checkpoint '{checkpoint_path}' cannot be read, and nothing was loaded: {type(caught).__name__}: "
                 f"{caught}"
             )
         errors = self.mailbox.gather(("load", self.next_turn()), error, "all ranks to read a checkpoint")
         first = next((error for error in errors if error is not None), None)
         if first is not None:
             raise first
+        self._random = checkpoint.get(KEY)
         return checkpoint
+
+    def _resume_data(self, trainer: Trainer) -> None:
+        """Begin to read the data where the checkpoint's random numbers are; before planning, which sets up loaders."""
+        if self._random is not None and trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            put_generators(self._random["ranks"][0])
+            trainer.fit_loop.setup_data()
+            self._generators = generators()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -167,9 +191,12 @@ class StatefulStrategy(OverlappingStrategy, ABC):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             held = held_states(saved, parameters)
             if self._source is not None:
-                held = fill(held, self._source, at=("optimizer_states", number))
-            states.append(held)
+                states.append(fill(held, self._source, at=("optimizer_states", number)))
+            else:  # a copy: the optimizer is not to hold on to a mapped file
+                states.append(replaced(held, lambda _, tensor: tensor.clone()))
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
-        if KEY in checkpoint and self._engine is not None:
-            put_back(checkpoint[KEY], self.global_rank, self._engine)
-        self._source = None
+        if self._random is not None and self._engine is not None:
+            put_back(self._random, self.global_rank, self._engine)
+            if self._generators is not None and self.is_global_zero:  # the order of the data has been drawn from them
+                put_generators(self._generators)
+        self._source = self._random = self._generators = None

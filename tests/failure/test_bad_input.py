@@ -34,6 +34,8 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
         ({"virtual_stages": 3, "schedule": "zbv"}, ["virtual_stages=3", "needs 2 stages", '"1f1b"']),
         ({"activation_checkpointing": "all"}, ["activation_checkpointing='all'", "'none', 'layer', 'stage'"]),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
+        ({"state_dict_type": "whole"}, ["state_dict_type='whole'", "'full'", "'sharded'"]),
+        ({"async_checkpoint": True}, ["async_checkpoint=True", "state_dict_type='sharded'", "AsyncCheckpointIO"]),
         ({"process_group_backend": "mpi"}, ["process_group_backend='mpi'", "not known", "'nccl'", "'gloo'"]),
         ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),
         ({"schedule": ["1f1b"]}, ["schedule=['1f1b']", "is not known"]),

@@ -7,6 +7,7 @@ import lightning.fabric.utilities.distributed
 import lightning.fabric.utilities.optimizer
 import lightning.fabric.utilities.types
 import lightning.pytorch as L
+import lightning.pytorch.plugins.io.wrapper
 import lightning.pytorch.strategies.launchers
 import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
@@ -41,6 +42,7 @@ NAMES = [
     (lightning.fabric.utilities.types, "_PATH"),
     (lightning.pytorch.strategies.launchers, "_MultiProcessingLauncher"),
     (lightning.pytorch.strategies.launchers, "_SubprocessScriptLauncher"),
+    (lightning.pytorch.plugins.io.wrapper, "_WrappingCheckpointIO"),
     (lightning.pytorch.trainer.trainer, "_verify_strategy_supports_compile"),
     (lightning.pytorch.utilities.exceptions, "_TunerExitException"),
     (ParallelStrategy, "_configure_launcher"),
