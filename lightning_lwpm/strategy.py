@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -301,6 +302,11 @@ class LWPMStrategy(StatefulStrategy):
         assert self.lightning_module is not None
         factor = state_factor(self.optimizers)
         if not self.lightning_module.automatic_optimization:
+            if self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "async"):
+                rank_zero_warn(
+                    "with manual optimization a batch is whole and ranks take turns: `num_microbatches`, `schedule` "
+                    "and what goes with them have no effect"
+                )
             return Wish(self.partition, 1, "gpipe", tuple(limits), factor, 1)
         return Wish(
             self.partition,

@@ -284,7 +284,7 @@ class Engine:
                 stack.enter_context(part.batch())
             outputs = self.executor.run(row, items, microbatch, forward, backward, around)
         if backward is not None and self.shared is not None:
-            with self.executor.guarded(lambda: "the sum of shared gradients"):
+            with self.mailbox.guarded(lambda: "the sum of shared gradients"):
                 self.shared.sum()
         return outputs
 

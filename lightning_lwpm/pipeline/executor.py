@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
@@ -98,7 +97,7 @@ class Executor:
         """
         outputs: dict[int, Any] = {}
         split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
-        with self.deferral.batch(), python_random(), self.guarded(lambda: self._tell(action)):
+        with self.deferral.batch(), python_random(), self.mailbox.guarded(lambda: self._tell(action)):
             for position, action in enumerate(actions):
                 kind, stage, number = action
                 item = items[number]
@@ -193,26 +192,6 @@ class Executor:
             del tensors, gradients
         if exchange is not None:
             exchange.return_gradients(item)
-
-    @contextmanager
-    def guarded(self, what: Callable[[], str]) -> Any:
-        """Tell all ranks of a failure in the block, and raise it with the words that they hear.
-
-        Where there is one rank, its own exception is raised, as on one device.
-
-        Args:
-            what: Says what has failed, such as "forward of micro-batch 3".
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.mailbox.world == 1:
-                raise
-            heard = self.mailbox.failure
-            failure = self.mailbox.failed(what(), error)
-            if heard is not None and isinstance(error, LWPMError):
-                raise
-            raise failure from error
 
     def _tell(self, action: Action) -> str:
         names = {"F": "forward", "B": "backward", "I": "input gradients", "W": "weight gradients"}

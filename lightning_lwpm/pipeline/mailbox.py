@@ -209,6 +209,26 @@ class Mailbox:
             self.fail(*described(self.label, what, error))
         return self._alarm.error()
 
+    @contextmanager
+    def guarded(self, what: Callable[[], str]) -> Iterator[None]:
+        """Tell all ranks of a failure in the block, and raise it with the words that they hear.
+
+        Where there is one rank, its own exception is raised, as on one device.
+
+        Args:
+            what: Says what has failed, such as "forward of micro-batch 3".
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world == 1:
+                raise
+            heard = self.failure
+            failure = self.failed(what(), error)
+            if heard is not None and isinstance(error, LWPMError):
+                raise
+            raise failure from error
+
     def fail(self, message: str, raised: type[LWPMError] = PipelineError) -> None:
         """Tell every rank that this one cannot go on. The first failure is the one that counts.
 

@@ -70,9 +70,10 @@ class Whole:
         whole = WholeStep(self.stage, self.mailbox.rank == 0, self.units, self.device)
         turns = self._turns = whole.peers = _Turns(self, whole, self._serial, accumulated)
         self.step = whole
-        turns.begin()
-        out = whole.run(step)
-        whole.turn(_NOBODY)
+        with self.mailbox.guarded(lambda: "the step"):
+            turns.begin()
+            out = whole.run(step)
+            whole.turn(_NOBODY)
         self.step = None
         return out
 

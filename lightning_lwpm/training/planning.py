@@ -80,7 +80,8 @@ class Planner:
                 return _whole(module)
             self._known = known
         if _unseen(module, known.seen):
-            other = Onlooker(trainer, module, feed, "validation_step", first.reads) if fitting else first
+            validates = fitting and trainer.enable_validation
+            other = Onlooker(trainer, module, feed, "validation_step", first.reads) if validates else first
             if other.name not in known.steps:
                 known.steps.add(other.name)
                 seen = self._ask(other, 1)

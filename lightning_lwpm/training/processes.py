@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lwpm.errors import LWPMError
 from lightning_lwpm.pipeline.carrier import connect
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
@@ -159,16 +158,11 @@ class ProcessesStrategy(ParallelStrategy, ABC):
     def told(self, what: str) -> Iterator[None]:
         """Tell all ranks of a failure in the block, so that none waits for this one."""
         try:
-            yield
-        except Exception as error:
+            with self.mailbox.guarded(lambda: what):
+                yield
+        except Exception:
             self.failed = True
-            if self.world_size == 1:
-                raise
-            heard = self.mailbox.failure
-            failure = self.mailbox.failed(what, error)
-            if heard is not None and isinstance(error, LWPMError):
-                raise
-            raise failure from error
+            raise
 
     @override
     def teardown(self) -> None:

@@ -54,9 +54,46 @@ class Empty(Classifier):
 
 
 class Manual(Classifier):
+    """Manual optimization."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch)[0])
+        self.optimizers().step()
+
+
+class ManualInPlace(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        hidden = self.inlet(batch[0])
+        out = self.head(self.blocks[3](hidden))
+        hidden += out.mean()
+        self.manual_backward(hidden.mean())
+
+
+class ManualDetached(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch)[0].detach())
+
+
+class ManualFunction(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        torch.autograd.backward(self.loss(batch)[0])
+
+
+class ManualWeights(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss(batch)[0]
+        self.manual_backward(loss + self.inlet.weight.pow(2).sum() if batch_idx else loss)  # not when it was looked at
+
+
+class ManualRaises(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if self.loss(batch)[0].item() < 100 and self.global_rank == 1:
+            raise ValueError("on one rank only")
+        self.head(self.inlet(batch[0]))
 
 
 class Detached(Classifier):
@@ -157,6 +194,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
     "no parameters": (Empty, {}, ["Empty", "no parameters"]),
     "manual without barriers": (Manual, {"schedule": "async"}, ["automatic_optimization=False", "'async'"]),
+    "manual, in place": (ManualInPlace, {}, ["in manual optimization make a new tensor"]),
+    "manual, no gradient": (ManualDetached, {}, ["`manual_backward`", "`.detach()`"]),
+    "manual, by a function": (ManualFunction, {}, ["`self.manual_backward(loss)`"]),
+    "manual, weights of another rank": (ManualWeights, {}, ["lives on another rank", "`partition=[...]`"]),
+    "manual, an exception": (ManualRaises, {}, ["on one rank only"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["returned None"]),

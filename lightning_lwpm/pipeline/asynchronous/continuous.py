@@ -154,7 +154,7 @@ class Continuous:
         first = begin + len(self._forwards)
         sent = {other: range(first, begin + min(begun, self.ahead[other])) for other in range(stage)}
         assert engine.executor is not None
-        with engine.executor.guarded(lambda: "the end of micro-batches that were begun"):
+        with engine.mailbox.guarded(lambda: "the end of micro-batches that were begun"):
             engine.receive(sent, self._items)
             engine.forget(begin)
         if begin in self._marks:
