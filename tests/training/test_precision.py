@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from training.modules import Classifier, train_loader, val_loader
+from torch.utils.data import DataLoader
+from training.modules import Classifier, data, val_loader
 from training.runs import Runs, metrics, same, weights
 
 
@@ -55,7 +56,7 @@ class Fit:
         module = self.kind()
         more = {"max_epochs": 3 if self.resume else 2, "gradient_clip_val": 0.5, **plugin(self.precision)}
         trainer = L.Trainer(**kwargs | more)
-        trainer.fit(module, train_loader(36), val_loader(), ckpt_path=self.resume)
+        trainer.fit(module, DataLoader(data(36), 8), val_loader(), ckpt_path=self.resume)
         trainer.save_checkpoint(f"{kwargs['default_root_dir']}/last.ckpt")
         return weights(module), metrics(trainer), trainer.precision_plugin.state_dict(), sorted(module.seen)
 
