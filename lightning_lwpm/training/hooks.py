@@ -15,7 +15,7 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback, ThroughputMonitor
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.logs import sendable
-from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, epoch_of
+from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.tickets import has_tickets
 
 __all__ = ["Hooks"]
@@ -59,10 +59,11 @@ class Hooks:
                 self._replace(name, self._batch_end)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
-        if not self.real:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, BasePredictionWriter):
-                    callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ThroughputMonitor):
+                count_as_one_device(callback, self.mailbox.world)
+            if not self.real and isinstance(callback, BasePredictionWriter):
+                callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
         warnings.filterwarnings("ignore", _ADVICE)
         BaseFinetuning.filter_on_optimizer = staticmethod(_not_yet_in)  # type: ignore[assignment]
 
