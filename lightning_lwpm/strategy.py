@@ -187,6 +187,11 @@ class LWPMStrategy(StatefulStrategy):
         self._recorder: Recorder | None = None
         self._copies: list[torch.nn.Module] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
+        made = ("_mailbox", "transport", "_planner", "_feed", "_engine", "_hooks", "_steps", "_reviewer", "_recorder")
+        return {name: None if name in made else value for name, value in vars(self).items()}
+
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -310,7 +315,7 @@ class LWPMStrategy(StatefulStrategy):
         limit = self._device_memory or free_bytes(self.root_device)
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
         assert self.lightning_module is not None
-        factor = state_factor(self.optimizers)
+        factor = state_factor(self.optimizers) if self.world_size > 1 else 0.0  # it makes a step of their like
         if not self.lightning_module.automatic_optimization:
             if self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "async"):
                 rank_zero_warn(

@@ -60,7 +60,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "weights by epochs": {"every_n_epochs": 2, "save_top_k": -1, "save_weights_only": True},
     "after training": {"save_on_train_epoch_end": True, "monitor": "train/acc", "mode": "max", "save_last": True},
     "by time": {"train_time_interval": timedelta(seconds=0), "save_top_k": -1},
-    "last only": {"save_top_k": 0, "save_last": True},
+    "last only": {"monitor": "val/loss", "save_top_k": 0, "save_last": True},
 }
 
 
@@ -212,9 +212,16 @@ def test_learning_rate_finder(runs: Runs) -> None:
     everywhere(runs, learning_rate, (2,))
 
 
+class Sized(Classifier):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return train_loader(36, self.batch_size)
+
+
 def batch_size(kwargs: dict[str, Any]) -> None:
-    trainer = L.Trainer(**kwargs | {"callbacks": [BatchSizeFinder(max_trials=1)]})
-    trainer.fit(seeded(), train_loader(36), val_loader())
+    trainer = L.Trainer(**kwargs | {"callbacks": [BatchSizeFinder(max_trials=1)], "limit_val_batches": 0})
+    trainer.fit(seeded(Sized))
 
 
 def test_batch_size_finder_is_refused(runs: Runs) -> None:
