@@ -23,7 +23,13 @@ from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.checks import check_module, check_optimizers, check_precision, warn_of_batch_norm
+from lightning_lwpm.training.checks import (
+    check_callbacks,
+    check_module,
+    check_optimizers,
+    check_precision,
+    warn_of_batch_norm,
+)
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
@@ -181,6 +187,11 @@ class LWPMStrategy(StatefulStrategy):
         self._recorder: Recorder | None = None
         self._copies: list[torch.nn.Module] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
+        made = ("_mailbox", "transport", "_planner", "_feed", "_engine", "_hooks", "_steps", "_reviewer", "_recorder")
+        return {name: None if name in made else value for name, value in vars(self).items()}
+
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -237,6 +248,8 @@ class LWPMStrategy(StatefulStrategy):
         assert self.model is not None and self.lightning_module is not None
         fitting, module = trainer.state.fn == TrainerFn.FITTING, self.lightning_module
         check_module(module, fitting, self.global_rank == 0, self._asynchronous)
+        if self.world_size > 1:
+            check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least
@@ -244,7 +257,8 @@ class LWPMStrategy(StatefulStrategy):
         self._feed = Feed(self.mailbox, loop, 2 * self.world_size, ahead)
         if fitting:
             self.setup_optimizers(trainer)
-            check_optimizers(self.optimizers)
+            if self.world_size > 1:
+                check_optimizers(self.optimizers)
             if self._asynchronous:
                 check_precision(self.precision_plugin)
         return self._feed
@@ -301,7 +315,7 @@ class LWPMStrategy(StatefulStrategy):
         limit = self._device_memory or free_bytes(self.root_device)
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
         assert self.lightning_module is not None
-        factor = state_factor(self.optimizers)
+        factor = state_factor(self.optimizers) if self.world_size > 1 else 0.0  # it makes a step of their like
         if not self.lightning_module.automatic_optimization:
             if self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "async"):
                 rank_zero_warn(

@@ -1,10 +1,11 @@
 """Refuses what cannot run on a partitioned model, before anything is changed."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -15,7 +16,7 @@ from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.training.separable import is_separable
 
-__all__ = ["check_module", "check_optimizers", "check_precision", "warn_of_batch_norm"]
+__all__ = ["check_callbacks", "check_module", "check_optimizers", "check_precision", "warn_of_batch_norm"]
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
@@ -46,6 +47,21 @@ def check_module(module: LightningModule, fitting: bool, first_rank: bool, async
             f"{name} still lacks the weights of other ranks, because an earlier run ended with an error. Build it "
             "anew, or load it from a checkpoint."
         )
+
+
+def check_callbacks(callbacks: Iterable[object]) -> None:
+    """Check the callbacks of a Trainer that has several processes.
+
+    Raises:
+        ConfigurationError: saying what to change.
+    """
+    for callback in callbacks:
+        if isinstance(callback, BatchSizeFinder):
+            raise ConfigurationError(
+                f"{type(callback).__name__} (or `Tuner.scale_batch_size`) tries batch sizes until memory runs out, and "
+                "a stage that has run out of memory ends the whole pipeline. Set the batch size yourself; with "
+                "`device_memory=` the strategy says before the first step what each stage needs and what would fit."
+            )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -15,7 +15,8 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback, ThroughputMonitor
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.logs import sendable
-from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, epoch_of
+from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.tickets import has_tickets
 
 __all__ = ["Hooks"]
@@ -47,6 +48,7 @@ class Hooks:
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
+        self._example: Any = None
         self._turn = 0
 
     def install(self) -> None:
@@ -58,16 +60,27 @@ class Hooks:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
+        # summaries and loggers of graphs would run the model on it, outside any step
+        self._example, self.module.example_input_array = self.module.example_input_array, None
+        if self._example is not None:
+            rank_zero_info("`example_input_array` is not run on a partitioned model: no sizes in summaries, no graphs")
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
-        if not self.real:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, BasePredictionWriter):
-                    callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ThroughputMonitor):
+                count_as_one_device(callback, self.mailbox.world)
+            if not self.real and isinstance(callback, BasePredictionWriter):
+                callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
         warnings.filterwarnings("ignore", _ADVICE)
         BaseFinetuning.filter_on_optimizer = staticmethod(_not_yet_in)  # type: ignore[assignment]
 
+    def show_example(self) -> None:
+        """Give the module its ``example_input_array`` back."""
+        if self._example is not None:
+            self.module.example_input_array, self._example = self._example, None
+
     def remove(self) -> None:
         """Put the hooks back."""
+        self.show_example()
         for name in (*_EPOCH_ENDS, *_BATCH_ENDS, BEFORE_TRANSFER):
             if isinstance(self.module.__dict__.get(name), _Replaced):
                 del self.module.__dict__[name]
@@ -178,6 +191,10 @@ class _BeforeCallbacks(Callback):
 
     def __init__(self, hooks: Hooks) -> None:
         self.hooks = hooks
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.show_example()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """``self.log`` inside a step: recorded where it happens for real, merged over micro-batches, replayed on every rank."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +31,9 @@ class LogBook:
     def __init__(self, module: LightningModule, mailbox: Mailbox) -> None:
         self.module, self.mailbox = module, mailbox
         self.writes = mailbox.rank == 0
-        self._entries: list[tuple[float, Entry]] = []
+        self._entries: list[tuple[float, int, Entry]] = []
         self._weight, self._real = 1.0, True
+        self._calls: Counter[str] = Counter()  # of each name in this micro-batch
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -61,19 +63,23 @@ class LogBook:
     def microbatch(self, samples: float, real: bool) -> None:
         """What is logged from now on comes from a micro-batch of so many samples, and counts if it is ``real``."""
         self._weight, self._real = samples, real
+        self._calls.clear()
 
     @property
     def entries(self) -> list[Entry]:
         """All calls, in order."""
-        return [entry for _, entry in self._entries]
+        return [entry for _, _, entry in self._entries]
 
     def merged(self) -> list[Entry]:
-        """One call per name: reduced over micro-batches by its ``reduce_fx``, weighted by samples."""
-        by_name: dict[str, list[tuple[float, Entry]]] = {}
-        for weight, entry in self._entries:
-            by_name.setdefault(entry[0], []).append((weight, entry))
+        """Each call once: reduced over micro-batches by its ``reduce_fx``, weighted by samples.
+
+        A name that the step logs several times is left so: Lightning decides what becomes of it.
+        """
+        by_call: dict[tuple[str, int], list[tuple[float, Entry]]] = {}
+        for weight, place, entry in self._entries:
+            by_call.setdefault((entry[0], place), []).append((weight, entry))
         out = []
-        for name, calls in by_name.items():
+        for (name, _), calls in by_call.items():
             kwargs = dict(calls[-1][1][2])
             weights = [call[2].get("batch_size") or weight for weight, call in calls]
             if kwargs.get("batch_size") is not None:
@@ -94,7 +100,8 @@ class LogBook:
         kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if isinstance(value, Tensor):
             value = localise(value).detach().clone()
-        self._entries.append((self._weight, (name, value, kwargs)))
+        self._entries.append((self._weight, self._calls[name], (name, value, kwargs)))
+        self._calls[name] += 1
 
 
 _POSITIONAL = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")  # LightningModule.log's order after the value

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -35,6 +36,7 @@ __all__ = [
     "after_closure",
     "after_unscaling",
     "before_transfer",
+    "count_as_one_device",
     "end_on_sigterm",
     "epoch_of",
     "epoch_values",
@@ -112,6 +114,18 @@ def forget_sigterm(trainer: Trainer) -> None:
 def end_on_sigterm(trainer: Trainer) -> None:
     """Let ``trainer.received_sigterm`` be true."""
     trainer._signal_connector.received_sigterm = True
+
+
+def count_as_one_device(monitor: ThroughputMonitor, devices: int) -> None:
+    """Let a monitor count a batch once, not once for each stage, and hold its FLOPs against what all devices can do.
+
+    It takes every process of a trainer for a copy of the model.
+    """
+    for throughput in monitor._throughputs.values():
+        if throughput.world_size > 1:
+            throughput.world_size = 1
+            if throughput.available_flops is not None:
+                throughput.available_flops *= devices
 
 
 def saves_every(trainer: Trainer) -> list[int]:

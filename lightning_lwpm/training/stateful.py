@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
@@ -78,6 +79,12 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     ) -> None:
         if self._mailbox is None:  # nothing has run yet, so each process holds the whole model
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        if self.failed and self.world_size > 1:
+            rank_zero_warn(
+                f"no checkpoint is written to '{filepath}': a process has failed, and a part of the model is out of "
+                "reach. Save while training goes on, as with `ModelCheckpoint(every_n_train_steps=...)`."
+            )
             return
         self._saved()
         with self._resting(checkpoint), self.told("saving a checkpoint"):

@@ -124,7 +124,7 @@ class Steps:
         self.stash.end()
         if self.mailbox.rank != 0:
             return self._share(None, None, [])
-        brief = mean_loss(run.losses, run.split.sizes)
+        brief = mean_loss(run.losses, run.split.sizes) if run.losses else None
         return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged())
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:

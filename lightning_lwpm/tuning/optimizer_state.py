@@ -16,7 +16,7 @@ _UNKNOWN = 2.0  # of an optimizer that cannot be made anew: as Adam, which keeps
 
 def state_factor(optimizers: Iterable[Optimizer]) -> float:
     """Bytes of optimizer state for each byte of trained weights; the largest of the optimizers, 0 without any."""
-    return max((_factor(optimizer) for optimizer in optimizers), default=0.0)
+    return max((_factor(optimizer) for optimizer in optimizers if optimizer.param_groups), default=0.0)
 
 
 def _factor(optimizer: Optimizer) -> float:

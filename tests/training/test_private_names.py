@@ -13,7 +13,7 @@ import lightning.pytorch.trainer.trainer
 import lightning.pytorch.utilities.exceptions
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.loops.fetchers import _DataFetcherWrapper, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.utilities import _select_data_fetcher
@@ -65,6 +65,7 @@ NAMES = [
     (Precision, "_after_closure"),
     (torch.amp.GradScaler, "_unscale_grads_"),
     (torch.nn.utils.clip_grad, "_get_total_norm"),
+    (ThroughputMonitor(len), "_throughputs"),
     (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
     (TRAINER.validate_loop, "_logged_outputs"),
     (TRAINER.validate_loop, "_combined_loader"),
