@@ -1,6 +1,7 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.lazy import built_lazily
 from lightning_lwpm.training.admission import Rules
+from lightning_lwpm.training.building import initialise
 from lightning_lwpm.training.checks import (
     check_callbacks,
     check_module,
@@ -205,6 +208,13 @@ class LWPMStrategy(StatefulStrategy):
     # -- setup ---------------------------------------------------------------------------------------------------
 
     @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made only where they are held."""
+        with super().tensor_init_context(empty_init), torch.device("cpu"), built_lazily():
+            yield
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
@@ -217,7 +227,7 @@ class LWPMStrategy(StatefulStrategy):
             layout = self._planner.layout(trainer, module, feed, self._wish())
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
-                self._move_weights(None, layout)
+            self._move_weights(None, layout)
             self.model_to_device()
             self.setup_precision_plugin()
             if fitting:
@@ -250,6 +260,7 @@ class LWPMStrategy(StatefulStrategy):
         check_module(module, fitting, self.global_rank == 0, self._asynchronous)
         if self.world_size > 1:
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+        initialise(module)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lwpm.staging.lazy import Lazy
 from lightning_lwpm.staging.remote import is_metadata
 from lightning_lwpm.staging.tree import flatten, tensors
 
@@ -182,4 +183,5 @@ class Counter(TorchDispatchMode):
 def storage(tensor: Tensor) -> int:
     """What tells whether two tensors share memory."""
     with torch._C.DisableTorchFunction():  # called by hooks too, while functions are counted
+        tensor = tensor.shell if isinstance(tensor, Lazy) else tensor  # views of a lazy tensor share that of its shell
         return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lwpm.partition.record import Operation
+from lightning_lwpm.staging.lazy import realised
+from lightning_lwpm.staging.placement import swap
 from lightning_lwpm.staging.tree import duplicate, flatten, unflatten
 
 __all__ = ["Segment", "cut"]
@@ -94,7 +96,10 @@ class Segment:
 
     def modules(self, root: nn.Module, device: torch.device) -> dict[str, nn.Module]:
         """Copies of its layers on a device."""
-        return {name: copy.deepcopy(root.get_submodule(name)).to(device) for name in self.layers}
+        copies = {name: copy.deepcopy(root.get_submodule(name)) for name in self.layers}
+        for layer in copies.values():
+            swap(layer, lambda _, tensor: realised(tensor))
+        return {name: layer.to(device) for name, layer in copies.items()}
 
     def inputs(self, device: torch.device) -> dict[int, Tensor]:
         """Fresh tensors for what comes in."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lwpm.staging.lazy import is_lazy, realised
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 
 __all__ = ["held", "named_tensors", "place", "share_table", "swap"]
@@ -69,12 +70,12 @@ def place(
             return tensor if is_placeholder(tensor) else placeholder_like(tensor)
         values = fetch(name, tensor) if fetch is not None else tensor
         if values is tensor:
-            return tensor
-        if not is_placeholder(tensor):
+            return realised(tensor)
+        if not is_placeholder(tensor) and not is_lazy(tensor):
             with torch.no_grad():
                 tensor.copy_(values)
             return tensor
-        values = values.to(tensor.device, tensor.dtype)
+        values = realised(values).to(tensor.device, tensor.dtype)
         return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
     return swap(root, change)

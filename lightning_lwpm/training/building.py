@@ -1,0 +1,55 @@
+"""Models that were built without values: under ``torch.device("meta")``, or lazily and never filled."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.staging.lazy import lazy_like, unfilled
+from lightning_lwpm.staging.placement import named_tensors, swap
+
+__all__ = ["initialise"]
+
+_SHOWN = 10
+
+
+def initialise(module: nn.Module) -> None:
+    """Let a model that was built on the meta device say how its weights are made, layer by layer; nothing is made yet.
+
+    A layer says it with ``reset_parameters``, as those of torch do, or the model that it belongs to with
+    ``_init_weights``, as those of ``transformers`` do. Layers come in the order of ``module.modules()``.
+
+    Args:
+        module: The model.
+
+    Raises:
+        ConfigurationError: naming the parameters and buffers that nothing fills.
+    """
+    meta = {name for name, tensor in named_tensors(module) if tensor.is_meta}
+    if meta:
+        swap(module, lambda name, tensor: lazy_like(tensor) if name in meta else tensor)
+        with torch.no_grad():
+            _fill(module, None)
+    empty = [name for name, tensor in named_tensors(module) if unfilled(tensor)]
+    if empty:
+        shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        raise ConfigurationError(
+            f"{len(empty)} parameters or buffers of {type(module).__name__} have no values, and no `reset_parameters` "
+            f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model in "
+            '`configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large weights are '
+            "then made only where they are held."
+        )
+
+
+def _fill(module: nn.Module, family: Any) -> None:
+    """Fill the unfilled tensors of a module and of those below it."""
+    family = module if hasattr(module, "_init_weights") else family
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(map(unfilled, own)):
+        if family is not None:
+            family._init_weights(module)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    for child in module.children():
+        _fill(child, family)
