@@ -210,7 +210,7 @@ class LWPMStrategy(StatefulStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made only where they are held."""
+        """Of ``configure_model`` and ``trainer.init_module()``: large weights are made only where they are held."""
         with super().tensor_init_context(empty_init), torch.device("cpu"), built_lazily():
             yield
 
