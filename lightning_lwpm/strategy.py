@@ -176,7 +176,7 @@ class LWPMStrategy(OverlappingStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made only where they are held."""
+        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made where they are held."""
         with super().tensor_init_context(empty_init), torch.device("cpu"), built_lazily():
             yield
 

@@ -36,9 +36,9 @@ def initialise(module: nn.Module) -> None:
         shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
         raise ConfigurationError(
             f"{len(empty)} parameters or buffers of {type(module).__name__} have no values, and no `reset_parameters` "
-            f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model in "
-            '`configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large weights are '
-            "then made only where they are held."
+            f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model "
+            'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large weights '
+            "are then made only where they are held."
         )
 
 
