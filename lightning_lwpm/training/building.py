@@ -37,8 +37,8 @@ def initialise(module: nn.Module) -> None:
         raise ConfigurationError(
             f"{len(empty)} parameters or buffers of {type(module).__name__} have no values, and no `reset_parameters` "
             f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model "
-            'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large weights '
-            "are then made only where they are held."
+            'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large '
+            "weights are then made only where they are held."
         )
 
 
