@@ -1,7 +1,7 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -210,8 +210,9 @@ class LWPMStrategy(StatefulStrategy):
     @override
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Of ``configure_model`` and ``trainer.init_module()``: large weights are made only where they are held."""
-        with super().tensor_init_context(empty_init), torch.device("cpu"), built_lazily():
+        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made where they are held."""
+        lazily = built_lazily() if self.num_processes * self.num_nodes > 1 else nullcontext()
+        with super().tensor_init_context(empty_init), torch.device("cpu"), lazily:
             yield
 
     @override
