@@ -1,7 +1,7 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -211,9 +211,12 @@ class LWPMStrategy(StatefulStrategy):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made where they are held."""
-        lazily = built_lazily() if self.num_processes * self.num_nodes > 1 else nullcontext()
-        with super().tensor_init_context(empty_init), torch.device("cpu"), lazily:
-            yield
+        with super().tensor_init_context(empty_init):
+            if self.num_processes * self.num_nodes == 1:
+                yield
+                return
+            with torch.device("cpu"), built_lazily():
+                yield
 
     @override
     def setup(self, trainer: Trainer) -> None:

@@ -1,10 +1,14 @@
 """How long training takes to the loss of exact training: steps until then, times the step of stages that sleep.
 
-    python examples/benchmarks/asynchronous/corrections.py --out losses.json --steps 1500 --stages 4 8 --every 25
+    C="python examples/benchmarks/asynchronous/corrections.py --every 25 --microbatches 8 --stages 4 8"
+    $C --out losses.json --steps 1500 --corrections look_ahead+discount          # as many steps as exact training
+    $C --out losses.json --steps 1575 --corrections look_ahead+discount          # a run planned to be longer
     python examples/benchmarks/asynchronous/time_to_loss.py losses.json --picture time_to_loss.svg       # 3 minutes
 
-Exact training takes the best of all exact schedules. What a forward pass sleeps says nothing here: both sides are
-measured with the same stages, and time is told in the steps of a pipeline that never idles.
+Learning rates follow the number of steps that a run is planned to have, so a loss that a run does not reach may be
+reached by one that is planned to be a little longer: of all that do, the quickest counts. Exact training takes the best
+of all exact schedules. What a forward pass sleeps says nothing here: both sides are measured with the same stages, and
+time is told in the steps of a pipeline that never idles.
 """
 
 import argparse
@@ -20,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import linear
 import scaling
-from corrections import DEFAULT, rival
+from corrections import DEFAULT
 
 SCHEDULES = ["1f1b", "interleaved_1f1b", "zb1p", "zbv"]
 
@@ -75,22 +79,22 @@ def duel(results: list[dict[str, Any]], stages: int, args: Any) -> Duel:
     late = linear.rows(Namespace(**vars(timed) | {"microbatches": [args.microbatches]}))[0]
     rows = scaling.rows(Namespace(**vars(timed), microbatches=args.microbatches, schedules=SCHEDULES))
     best = min(rows, key=lambda row: row.measured)
-    wanted = (args.correction, stages, args.microbatches)
-    runs = [run for run in results if (run["correction"], run["stages"], run["microbatches"]) == wanted]
-    runs = [run for run in runs if run["model"] == "characters" and run["steps"] == max(r["steps"] for r in runs)]
-    if not runs:
-        raise SystemExit(f"no runs of {args.correction!r} with {stages} stages in {args.results}: see corrections.py")
-    by_key = {rival(run): run for run in results if run["correction"] == "exact"}
-    exact = [by_key[rival(run)] for run in runs]
-    return Duel(
-        stages,
-        best.schedule,
-        [Course(best.measured / late.linear, run["every"], run["scores"], run["score"]) for run in exact],
-        [
-            Course(late.step / late.linear, run["every"], run["scores"], of["score"])
-            for run, of in zip(runs, exact, strict=True)
-        ],
-    )
+    exact, quickest = [], []
+    steps = max(run["steps"] for run in results if run["correction"] == "exact" and run["model"] == "characters")
+    for own in results:
+        if (own["model"], own["correction"], own["steps"]) != ("characters", "exact", steps):
+            continue
+        wanted = ("characters", args.correction, stages, args.microbatches, own["seed"])
+        keys = ("model", "correction", "stages", "microbatches", "seed")
+        runs = [run for run in results if tuple(run[key] for key in keys) == wanted]
+        courses = [Course(late.step / late.linear, run["every"], run["scores"], own["score"]) for run in runs]
+        reached = [course for course in courses if course.arrival is not None]
+        if reached:
+            exact.append(Course(best.measured / late.linear, own["every"], own["scores"], own["score"]))
+            quickest.append(min(reached, key=lambda course: course.arrival or 0.0))
+    if not exact:
+        raise SystemExit(f"no run of {args.correction!r} with {stages} stages reaches the loss of exact training")
+    return Duel(stages, best.schedule, exact, quickest)
 
 
 def draw(duels: list[Duel], path: Path) -> None:
@@ -100,8 +104,8 @@ def draw(duels: list[Duel], path: Path) -> None:
     figure, panels = plt.subplots(1, len(duels), figsize=(4.6 * len(duels), 3.2), layout="constrained", sharey=True)
     for panel, both in zip(panels if len(duels) > 1 else [panels], duels, strict=True):
         for courses, label, color in ((both.exact, both.schedule, "0.45"), (both.late, "async", "C0")):
-            means = [statistics.fmean(scores) for scores in zip(*(course.scores for course in courses), strict=True)]
-            panel.plot(courses[0].times, means, color=color, label=label)
+            for course in courses:
+                panel.plot(course.times, course.scores, color=color, label=label if course is courses[0] else None)
         panel.axhline(statistics.fmean(course.goal for course in both.exact), color="0.7", lw=0.8, ls=":")
         panel.set(title=f"{both.stages} stages", xlabel="time, in steps that never idle", ylim=(1.2, 2.2))
         panel.legend(frameon=False)
