@@ -21,7 +21,7 @@ from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.storage import WholeCheckpointIO, local_path
 from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
-from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO
+from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
 
 __all__ = ["StatefulStrategy"]
@@ -182,7 +182,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         """Begin to read the data where the checkpoint's random numbers are; before planning, which sets up loaders."""
         if self._random is not None and trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             put_generators(self._random["ranks"][0])
-            trainer.fit_loop.setup_data()
+            set_up_training_data(trainer)
             self._generators = generators()
 
     @override

@@ -186,17 +186,20 @@ def test_like_one_device(runs: Runs, scenario: Any) -> None:
 
 
 def every_step(kwargs: dict[str, Any]) -> Any:
-    """Checkpoints by step, the last one always, and a run that goes on from it in the middle of an epoch."""
+    """Checkpoints by step, the last one always, and a run that goes on from it in the middle of an epoch.
+
+    Unshuffled: a run under lwpm goes on with the random numbers of the one that saved, one of stock Lightning does not.
+    """
     module = seeded()
     files = ModelCheckpoint(every_n_train_steps=2, save_top_k=2, monitor="step", mode="max", save_last=True)
     trainer = L.Trainer(**kwargs | {"enable_checkpointing": True, "callbacks": [files], "max_epochs": 2})
-    trainer.fit(module, train_loader(36), val_loader())
+    trainer.fit(module, val_loader(36), val_loader())
     tested = trainer.test(module, val_loader(), ckpt_path="last", verbose=False)
     again = seeded()
     if kwargs["strategy"] != "auto":
         kwargs["strategy"] = LWPMStrategy(num_microbatches=1)
     trainer = L.Trainer(**kwargs | {"max_epochs": 3})
-    trainer.fit(again, train_loader(36), val_loader(), ckpt_path=files.best_model_path)
+    trainer.fit(again, val_loader(36), val_loader(), ckpt_path=files.best_model_path)
     names = sorted(path.rsplit("/", 1)[-1] for path in files.best_k_models)
     return names, files.last_model_path.rsplit("/", 1)[-1], tested, weights(again), trainer.global_step
 
