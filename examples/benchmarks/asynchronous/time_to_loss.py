@@ -63,18 +63,22 @@ class Duel:
     Args:
         stages: Number of stages, one a rank.
         schedule: The fastest exact schedule.
+        exact_step: Duration of its step, in steps of a pipeline that never idles.
+        late_step: The same of asynchronous training.
         exact: Exact training with it, by seed.
         late: Asynchronous training, by seed.
     """
 
     stages: int
     schedule: str
+    exact_step: float
+    late_step: float
     exact: list[Course]
     late: list[Course]
 
 
 def duel(results: list[dict[str, Any]], stages: int, args: Any) -> Duel:
-    """Measure both sides' steps, and lay the courses of all seeds over them."""
+    """Measure both sides' steps, and lay the courses over them of all seeds in which the loss is reached."""
     timed = Namespace(ranks=[stages], milliseconds=args.milliseconds, steps=args.steps, warm_up=1)
     late = linear.rows(Namespace(**vars(timed) | {"microbatches": [args.microbatches]}))[0]
     rows = scaling.rows(Namespace(**vars(timed), microbatches=args.microbatches, schedules=SCHEDULES))
@@ -92,9 +96,7 @@ def duel(results: list[dict[str, Any]], stages: int, args: Any) -> Duel:
         if reached:
             exact.append(Course(best.measured / late.linear, own["every"], own["scores"], own["score"]))
             quickest.append(min(reached, key=lambda course: course.arrival or 0.0))
-    if not exact:
-        raise SystemExit(f"no run of {args.correction!r} with {stages} stages reaches the loss of exact training")
-    return Duel(stages, best.schedule, exact, quickest)
+    return Duel(stages, best.schedule, best.measured / late.linear, late.step / late.linear, exact, quickest)
 
 
 def draw(duels: list[Duel], path: Path) -> None:
@@ -131,6 +133,7 @@ def main() -> None:
 
     results = [run for path in args.results for run in json.loads(path.read_text())]
     duels = [duel(results, stages, args) for stages in args.stages]
+    reached = [both for both in duels if both.late]
     table = Table(title=f"time to the loss of exact training, {args.microbatches} micro-batches")
     for column in ("stages", "exact schedule", "its step", "async step", "steps to the loss", "times as fast"):
         table.add_column(column, justify="left" if column == "exact schedule" else "right")
@@ -143,11 +146,12 @@ def main() -> None:
                 "never" if arrival is None else f"{arrival / late.step:.0f} / {exact.arrival / exact.step:.0f}"
             )
             gains.append("-" if arrival is None else f"{exact.arrival / arrival:.2f}")
-        cells = f"{both.exact[0].step:.3f}", f"{both.late[0].step:.3f}", ", ".join(steps), ", ".join(gains)
+        told = ", ".join(steps) or "not reached", ", ".join(gains) or "-"
+        cells = f"{both.exact_step:.3f}", f"{both.late_step:.3f}", *told
         table.add_row(str(both.stages), both.schedule, *cells)
     Console(width=120).print(table)
-    if args.picture is not None:
-        draw(duels, args.picture)
+    if args.picture is not None and reached:
+        draw(reached, args.picture)
 
 
 if __name__ == "__main__":
