@@ -11,10 +11,8 @@ the weights that it holds, with the numbers that they have where the model is bu
 is its share and one tensor. Whatever reads a lazy tensor gets its values, made for that call.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.staging.recipe import MAKING, Call, Recipe, View, kept, part_of, resolved
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
 __all__ = ["Lazy", "built_lazily", "is_lazy", "lazy_like", "realised", "unfilled"]
@@ -30,107 +28,10 @@ __all__ = ["Lazy", "built_lazily", "is_lazy", "lazy_like", "realised", "unfilled
 SMALL_BYTES = 1 << 14
 """Tensors up to this size are stored as always: they matter to nobody's memory, and code reads them."""
 
-_MAKING = threading.local()
-"""What has been made so far, while values are made."""
-
 _HOST = torch.device("cpu")
 _COPIES = frozenset({"aten::clone", "aten::_to_copy"})
 _FILLS = frozenset({"aten::copy_", "aten::zero_", "aten::fill_", "aten::uniform_", "aten::normal_"})
 _EMPTY = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor among the arguments of a noted call: a part of a recipe's memory, at one moment.
-
-    Attributes:
-        recipe: ``None`` for the one that the call belongs to.
-        length: So many calls of the recipe had been noted.
-    """
-
-    recipe: "_Recipe | None"
-    length: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A stored tensor among the arguments of a noted call."""
-
-    tensor: Tensor
-    version: int
-
-    def get(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise ConfigurationError(
-                f"a tensor {tuple(self.tensor.shape)} from which weights of the model are made was changed in place "
-                "later on: change a `.clone()` of it"
-            )
-        return self.tensor
-
-    def __reduce__(self) -> Any:
-        return _kept, (self.get(),)
-
-
-def _kept(tensor: Tensor) -> _Kept:
-    return _Kept(tensor, tensor._version)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A noted call.
-
-    Attributes:
-        function: The name of an operator of torch, or a function that makes a tensor from nothing.
-        index: Which of its results makes the tensor, for the first call of a recipe.
-        state: The random generator's state before it; ``None`` for calls that draw nothing.
-        fills: Whether what was before does not matter.
-    """
-
-    function: str | Callable[..., Tensor]
-    args: Any
-    kwargs: Any
-    index: int = 0
-    state: Tensor | None = None
-    fills: bool = False
-
-    def run(self, memory: Tensor | None) -> Any:
-        function = _operator(self.function) if isinstance(self.function, str) else self.function
-        args, kwargs = _resolved((self.args, self.kwargs), memory)
-        if self.state is None:
-            return function(*args, **kwargs)
-        if kwargs.get("generator") is not None:
-            return function(*args, **{**kwargs, "generator": torch.Generator().set_state(self.state)})
-        with torch.random.fork_rng([]):
-            torch.set_rng_state(self.state)
-            return function(*args, **kwargs)
-
-
-class _Recipe:
-    """The calls that make the memory of a tensor: the first one makes it, the others change it."""
-
-    def __init__(self, calls: list[_Call], size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.calls, self.size, self.stride, self.dtype = calls, size, stride, dtype
-
-    def make(self, length: int) -> Tensor:
-        """The memory, as the first calls made it; what is needed for it is made once."""
-        known: dict[Any, Tensor] = _MAKING.known
-        if (self, length) not in known:
-            known[self, length] = self._made(length)
-        return known[self, length]
-
-    def _made(self, length: int) -> Tensor:
-        first = tensors(self.calls[0].run(None))[self.calls[0].index]
-        whole = first.storage_offset() == 0 and first.untyped_storage().nbytes() == first.numel() * first.element_size()
-        if first.stride() != self.stride or not whole:
-            first = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=first.device).copy_(first)
-        start = max((n for n in range(1, length) if self.calls[n].fills), default=1)
-        for call in self.calls[start:length]:
-            call.run(first)
-        return first
 
 
 class Lazy(Tensor):
@@ -141,11 +42,11 @@ class Lazy(Tensor):
         shell: The same tensor on the meta device; views of one another share its memory.
     """
 
-    recipe: _Recipe
+    recipe: Recipe
     shell: Tensor
 
     @staticmethod
-    def __new__(cls, recipe: _Recipe, shell: Tensor, device: torch.device) -> "Lazy":
+    def __new__(cls, recipe: Recipe, shell: Tensor, device: torch.device) -> "Lazy":
         new = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # public for subclass authors
             cls,
             shell.shape,
@@ -174,7 +75,7 @@ class Lazy(Tensor):
 
     @data.setter
     def data(self, values: Tensor) -> None:
-        made = values if isinstance(values, Lazy) else _from_source(_identity, _kept(values.detach()))
+        made = values if isinstance(values, Lazy) else _from_source(_identity, kept(values.detach()))
         Tensor.data.__set__(self, made)  # type: ignore[attr-defined]
         self.recipe, self.shell = made.recipe, made.shell
 
@@ -186,12 +87,12 @@ class Lazy(Tensor):
         """Its values as an array of its own."""
         return realised(self.detach()).numpy(**kwargs)
 
-    def view_at(self, owner: "_Recipe | None" = None) -> _View:
+    def view_at(self, owner: "Recipe | None" = None) -> View:
         """What stands for it, as it is now, among the arguments of a noted call, which may be one of its own recipe."""
         s = self.shell
         own = self.recipe is owner
         length = len(self.recipe.calls)
-        return _View(None if own else self.recipe, length, tuple(s.shape), s.stride(), int(s.storage_offset()), s.dtype)
+        return View(None if own else self.recipe, length, tuple(s.shape), s.stride(), int(s.storage_offset()), s.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Lazy({tuple(self.shape)}, {self.dtype}, device={self.device})"
@@ -205,11 +106,11 @@ class Lazy(Tensor):
         return _rebuilt, (self.view_at(), str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
 
 
-def _rebuilt(view: _View, device: str, parameter: bool, grad: bool) -> Tensor:
+def _rebuilt(view: View, device: str, parameter: bool, grad: bool) -> Tensor:
     recipe = view.recipe
     assert recipe is not None
     whole = torch.empty_strided(recipe.size, recipe.stride, dtype=recipe.dtype, device="meta")
-    new = Lazy(recipe, _part(whole, view), torch.device(device))
+    new = Lazy(recipe, part_of(whole, view), torch.device(device))
     return nn.Parameter(new, grad) if parameter else new
 
 
@@ -256,8 +157,8 @@ def _noted(func: Any, args: Any, kwargs: Any) -> Any:
     numbers = iter(range(len(shells)))
 
     def lazy(shell: Tensor) -> Lazy:
-        call = _Call(_name(func), _stored(args), _stored(kwargs), next(numbers), state)
-        return Lazy(_Recipe([call], tuple(shell.shape), shell.stride(), shell.dtype), shell, device)
+        call = Call(_name(func), _stored(args), _stored(kwargs), next(numbers), state)
+        return Lazy(Recipe([call], tuple(shell.shape), shell.stride(), shell.dtype), shell, device)
 
     return map_tensors(lazy, out)
 
@@ -274,7 +175,7 @@ def _changed(func: Any, args: Any, kwargs: Any, written: Any) -> Any:
         )
         fills = func._schema.name in _FILLS and not others and tensor.numel() == _numel(tensor.recipe.size)
         stored, stored_kwargs = _stored(args, tensor.recipe), _stored(kwargs, tensor.recipe)
-        calls.append(_Call(_name(func), stored, stored_kwargs, 0, state, fills))
+        calls.append(Call(_name(func), stored, stored_kwargs, 0, state, fills))
     for tensor, call in zip(written, calls, strict=True):
         tensor.recipe.calls.append(call)
     return written[0] if func._schema.returns else None
@@ -295,39 +196,19 @@ def _drawn(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     return state
 
 
-def _stored(value: Any, owner: _Recipe | None = None) -> Any:
+def _stored(value: Any, owner: Recipe | None = None) -> Any:
     """Arguments as they are noted."""
 
     def noted(tensor: Tensor) -> Any:
         if isinstance(tensor, Lazy):
             return tensor.view_at(owner)
         tensor = tensor.detach()
-        return _kept(tensor.clone() if tensor.numel() * tensor.element_size() <= SMALL_BYTES else tensor)
+        return kept(tensor.clone() if tensor.numel() * tensor.element_size() <= SMALL_BYTES else tensor)
 
     found = map_tensors(noted, value)
     if isinstance(found, dict):  # the state stands for the generator
         return {k: True if isinstance(v, torch.Generator) else v for k, v in found.items() if v is not None}
     return found
-
-
-def _resolved(value: Any, memory: Tensor | None) -> Any:
-    """Noted arguments with tensors in them."""
-    if isinstance(value, _Kept):
-        return value.get()
-    if isinstance(value, _View):
-        whole = memory if value.recipe is None else value.recipe.make(value.length)
-        assert whole is not None
-        return _part(whole, value)
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)([_resolved(item, memory) for item in value])
-    if isinstance(value, dict):
-        return {key: _resolved(item, memory) for key, item in value.items()}
-    return value
-
-
-def _part(whole: Tensor, view: _View) -> Tensor:
-    part = torch.empty(0, dtype=view.dtype, device=whole.device)
-    return part.set_(whole.untyped_storage(), view.offset, view.size, view.stride)
 
 
 def _real(value: Any) -> Any:
@@ -350,12 +231,6 @@ def _name(func: Any) -> str:
     return f"{func._schema.name}.{func._overloadname}"
 
 
-def _operator(name: str) -> Any:
-    space, rest = name.split("::")
-    packet, overload = rest.rsplit(".", 1)
-    return getattr(getattr(getattr(torch.ops, space), packet), overload)
-
-
 def _as(like: Tensor, values: Tensor) -> Tensor:
     return nn.Parameter(values, like.requires_grad) if isinstance(like, nn.Parameter) else values
 
@@ -366,7 +241,7 @@ def _as(like: Tensor, values: Tensor) -> Tensor:
 class _Building(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(_MAKING, "known", None) is not None:
+        if getattr(MAKING, "known", None) is not None:
             return func(*args, **kwargs)
         found = tensors((args, kwargs))
         if any(map(is_lazy, found)):
@@ -390,17 +265,17 @@ def _from_source(source: Callable[..., Tensor], *args: Any) -> Lazy:
         source: A function of a module.
         args: Its arguments.
     """
-    first = source(*(_resolved(arg, None) for arg in args))
+    first = source(*(resolved(arg, None) for arg in args))
     shell = torch.empty_like(first, device="meta")
-    recipe = _Recipe([_Call(source, args, {})], tuple(shell.shape), shell.stride(), shell.dtype)
+    recipe = Recipe([Call(source, args, {})], tuple(shell.shape), shell.stride(), shell.dtype)
     return Lazy(recipe, shell, first.device)
 
 
 def lazy_like(tensor: Tensor) -> Tensor:
     """A lazy tensor in the place of one on the meta device, of which nothing is known yet."""
     shell = tensor.detach()
-    call = _Call("aten::empty_strided.default", (tuple(shell.shape), shell.stride()), {"dtype": shell.dtype})
-    recipe = _Recipe([call], tuple(shell.shape), shell.stride(), shell.dtype)
+    call = Call("aten::empty_strided.default", (tuple(shell.shape), shell.stride()), {"dtype": shell.dtype})
+    recipe = Recipe([call], tuple(shell.shape), shell.stride(), shell.dtype)
     return _as(tensor, Lazy(recipe, torch.empty_like(shell), _HOST))
 
 
@@ -409,12 +284,12 @@ def realised(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Lazy):
         return tensor
     view = tensor.view_at()
-    before, _MAKING.known = getattr(_MAKING, "known", None), {}
+    before, MAKING.known = getattr(MAKING, "known", None), {}
     try:
         with torch.no_grad():
-            values = _part(tensor.recipe.make(view.length), view).to(tensor.device)
+            values = part_of(tensor.recipe.make(view.length), view).to(tensor.device)
     finally:
-        _MAKING.known = before
+        MAKING.known = before
     return _as(tensor, values)
 
 

@@ -3,21 +3,20 @@
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from emulation import Stage
+from emulation import Stage, staged
 
 from examples.data.topics import TopicsDataModule
 from examples.models.gpt import GPT
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
-from lightning_lwpm.pipeline.asynchronous.delay import Delay
 
 CONTEXT, BATCH, LEARNING_RATE, WARM_UP = 64, 32, 3e-3, 40
 
@@ -86,21 +85,9 @@ def stages(
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
-    made = []
-    for k in range(count):
-        module = nn.Sequential(*layers[cuts[k] : cuts[k + 1]])
-        optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, betas=(0.9, 0.95))
-        delay = Delay(k, count, num_microbatches)
-        made.append(
-            Stage(
-                module,
-                optimizer,
-                LambdaLR(optimizer, factor),
-                correction(optimizer, module.parameters(), delay),
-                delay,
-            )
-        )
-    return made
+    parts = [nn.Sequential(*layers[cuts[k] : cuts[k + 1]]) for k in range(count)]
+    optimizer = partial(torch.optim.AdamW, lr=LEARNING_RATE, betas=(0.9, 0.95))
+    return staged(parts, num_microbatches, optimizer, factor, correction)
 
 
 def score(parts: list[Stage], data: Data) -> float:

@@ -3,21 +3,20 @@
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from emulation import Stage
+from emulation import Stage, staged
 
 from examples.data.digits import DigitsDataModule
 from examples.models.resnet import ResNet
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
-from lightning_lwpm.pipeline.asynchronous.delay import Delay
 
 BATCH, LEARNING_RATE = 64, 0.1
 
@@ -86,14 +85,9 @@ def stages(
     def factor(step: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
-    made = []
-    for k in range(count):
-        module = nn.Sequential(*layers[cuts[k] : cuts[k + 1]])
-        optimizer = torch.optim.SGD(module.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        delay = Delay(k, count, num_microbatches)
-        corrected = correction(optimizer, module.parameters(), delay)
-        made.append(Stage(module, optimizer, LambdaLR(optimizer, factor), corrected, delay))
-    return made
+    parts = [nn.Sequential(*layers[cuts[k] : cuts[k + 1]]) for k in range(count)]
+    optimizer = partial(torch.optim.SGD, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    return staged(parts, num_microbatches, optimizer, factor, correction)
 
 
 def score(parts: list[Stage], data: Data) -> float:

@@ -1,13 +1,13 @@
 """Training without flushes, emulated in one process: every pass uses the weights that the version formula says."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
@@ -39,6 +39,30 @@ class Stage:
     pieces: dict[int, Piece] = field(default_factory=dict)
     forwards: int = 0
     backwards: int = 0
+
+
+def staged(
+    parts: Sequence[nn.Module],
+    num_microbatches: int,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    factor: Callable[[int], float],
+    correction: Callable[..., Correction],
+) -> list[Stage]:
+    """Stages of which each trains its part.
+
+    Args:
+        parts: The modules in order.
+        num_microbatches: Micro-batches of a batch.
+        optimizer: Makes the optimizer of some parameters.
+        factor: Of the learning rate, by step.
+        correction: What corrects each stage.
+    """
+    made = []
+    for k, module in enumerate(parts):
+        own, delay = optimizer(module.parameters()), Delay(k, len(parts), num_microbatches)
+        corrected = correction(own, module.parameters(), delay)
+        made.append(Stage(module, own, LambdaLR(own, factor), corrected, delay))
+    return made
 
 
 class Emulation:
