@@ -1,7 +1,10 @@
 """Runs a step under the pipeline's engine without Lightning, and the same on one device, to compare."""
 
 import copy
-from collections.abc import Callable, Sequence
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import probe
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.pipeline.schedule import place as place_stages
 from lightning_lwpm.pipeline.transport import Transport
@@ -134,6 +138,29 @@ def train_pipelined(
         "stages": run.stages,
         "last": run.last,
     }
+
+
+@contextmanager
+def delays(rank: int, wanted: dict[tuple[int, int], float] | int) -> Iterator[None]:
+    """Sleep before actions: some seconds by rank and position, at their first time, or at random from a seed."""
+    ahead, draw = Postings.ahead, random.Random(f"{wanted} {rank}")
+    left = dict(wanted) if isinstance(wanted, dict) else None
+
+    def slowly(postings: Postings, position: int) -> None:
+        time.sleep(draw.choice([0.0, 0.001, 0.02]) * draw.random() if left is None else left.pop((rank, position), 0.0))
+        ahead(postings, position)
+
+    Postings.ahead = slowly  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Postings.ahead = ahead  # type: ignore[method-assign]
+
+
+def train_delayed(rank: int, world: int, wanted: dict[tuple[int, int], float] | int, *arguments: Any) -> dict[str, Any]:
+    """:func:`train_pipelined` with :func:`delays`."""
+    with delays(rank, wanted):
+        return train_pipelined(rank, world, *arguments)
 
 
 def train_single(

@@ -36,7 +36,7 @@ class _Known:
 
     trace: Trace = field(default_factory=dict)
     learned: bool = False
-    unheard: list[Any] = field(default_factory=list)  # changes told before that which they change
+    unheard: tuple[Any, ...] | None = None  # the latest change told before that which it changes
     changes: list[tuple[int, Trace]] = field(default_factory=list)  # told early: each counts from a serial number on
 
     def advance(self, serial: int) -> Trace:
@@ -255,7 +255,7 @@ class Inbox:
             if known.learned:
                 self._agreed[producer].change(*change)
             else:
-                known.unheard.append(change)
+                known.unheard = change
         self.desk.answer(key, posted)
 
     def _on_answer(self, source: int, key: Any, payload: Any) -> None:
@@ -269,8 +269,8 @@ class Inbox:
                 if not known.learned:
                     known.learned = True
                     self._agreed[producer].entries[signature] = entries
-                    for change in known.unheard:
-                        self._agreed[producer].change(*change)
+                    if known.unheard is not None:  # all but the latest were in what is told, and to make it twice
+                        self._agreed[producer].change(*known.unheard)  # is to make it once
                 payload = None
             elif kind == "value":
                 *payload, signature, entry = payload

@@ -106,7 +106,9 @@ class Outbox:
             news = (self.desk.stage, item.signature, changed, number)
             posted = self.desk.ask(consumer, "changed", item, news, what)
             with self.desk.lock:
-                agreement.change(item.signature, changed, number, max(posted, item.serial - 1), item.serial - 1)
+                # not forgotten before it is posted: what the consumer has still to learn was sent long ago at times
+                past = min(posted, item.serial - 1)
+                agreement.change(item.signature, changed, number, max(posted, item.serial - 1), past)
 
     def _enlist(self, item: Item) -> None:
         """At a new signature, begin with what the same structure of batch has needed before."""
@@ -198,10 +200,9 @@ class Outbox:
         def answer() -> None:
             with self.desk.lock:
                 flight = self.desk.flights.get(serial)
-                own = flight.trace if flight is not None and flight.trace is not None else {}
                 # this stage may be ahead: what has changed since is told as a change
-                trace, entries = {**self._traces[signature], **own}, self._agreed[consumer].entries[signature]
-                self.desk.answer(key, (signature, trace, list(entries)))
+                trace = self._traces[signature] if flight is None or flight.trace is None else flight.trace
+                self.desk.answer(key, (signature, trace, list(self._agreed[consumer].entries[signature])))
 
         self._when_left(serial, answer)
 

@@ -1,17 +1,14 @@
 """Schedules that split backward passes are run as their tables say, and compute what one device computes."""
 
-import random
-import time
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from harness import engine, train_pipelined, train_single
+from harness import engine, train_delayed, train_pipelined, train_single
 from pool import Pool, WorkerError
 from torch import nn
 
-from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action, Table, build
 from lightning_lwpm.staging.batch import Batch
 
@@ -95,26 +92,11 @@ def test_equals_one_device(pool: Pool, placement: list[int], count: int, schedul
     same(results, train_single(Net, run, tokens(), count, sgd))
 
 
-def delayed(rank: int, world: int, seed: int, *arguments: Any) -> dict[str, Any]:
-    """Train, and sleep for a while before each action."""
-    draw, ahead = random.Random(1000 * seed + rank), Postings.ahead
-
-    def slowly(postings: Postings, position: int) -> None:
-        time.sleep(draw.choice([0.0, 0.001, 0.02]) * draw.random())
-        ahead(postings, position)
-
-    Postings.ahead = slowly  # type: ignore[method-assign]
-    try:
-        return train_pipelined(rank, world, *arguments)
-    finally:
-        Postings.ahead = ahead  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("placement", "count", "schedule"), [SETTINGS[1], SETTINGS[2]])
 def test_delays_change_no_number(pool: Pool, placement: list[int], count: int, schedule: str, seed: int) -> None:
     arguments = (Net, step, tokens(), count, schedule, "auto", sgd, placement)
-    results = pool.run(max(placement) + 1, delayed, seed, *arguments, timeout=60)
+    results = pool.run(max(placement) + 1, train_delayed, seed, *arguments, timeout=60)
     same(results, train_single(Net, step, tokens(), count, sgd))
 
 

@@ -1,8 +1,6 @@
 """Real processes that train without flushes do what the version formula says, to the bit."""
 
-import random
 import sys
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import connect
+from harness import connect, delays
 from order import actions
 from pool import Pool
 from problems import batches, stages, weights
@@ -23,7 +21,6 @@ from lightning_lwpm.pipeline.asynchronous.delay import Delay
 from lightning_lwpm.pipeline.asynchronous.in_place import writable
 from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
-from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.layout import Layout, Unit
 
@@ -70,7 +67,7 @@ class Part:
 
 
 def train(
-    rank: int, world: int, m: int, name: str, data: Any, drains: Any = (), delays: int = 0, lr: float | None = None
+    rank: int, world: int, m: int, name: str, data: Any, drains: Any = (), lr: float | None = None
 ) -> dict[str, Any]:
     """Train; ``drains`` are the batches after which the pipeline is empty, ``-n`` those after which it is emptied."""
     mailbox, transport = connect(rank, world)
@@ -96,8 +93,6 @@ def train(
             out.backward()
 
         works.append(Work(split, number, forward, backward))
-    if delays:
-        slow_down(delays * 1000 + rank)
     for number in range(len(works)):
         last = next((end for end in range(number, len(works)) if end in drains), len(works) - 1)
         run.train(works[number : last + 1][: 1 + -(-(world - 1) // m)])
@@ -124,23 +119,9 @@ def train(
     }
 
 
-def slow_down(seed: int) -> None:
-    """Sleep for a while before each action."""
-    draw, ahead = random.Random(seed), Postings.ahead
-
-    def slowly(postings: Postings, position: int) -> None:
-        time.sleep(draw.choice([0.0, 0.001, 0.02]) * draw.random())
-        ahead(postings, position)
-
-    Postings.ahead = slowly  # type: ignore[method-assign]
-
-
-def delayed(*arguments: Any) -> dict[str, Any]:
-    ahead = Postings.ahead
-    try:
-        return train(*arguments, delays=1)
-    finally:
-        Postings.ahead = ahead  # type: ignore[method-assign]
+def delayed(rank: int, *arguments: Any) -> dict[str, Any]:
+    with delays(rank, 1):
+        return train(rank, *arguments)
 
 
 def emulated(p: int, m: int, name: str, count: int) -> tuple[list[float], list[list[torch.Tensor]]]:
