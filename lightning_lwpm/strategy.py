@@ -30,7 +30,6 @@ from lightning_lwpm.training.checks import (
     check_callbacks,
     check_module,
     check_optimizers,
-    check_precision,
     warn_of_batch_norm,
 )
 from lightning_lwpm.training.data import Feed
@@ -274,8 +273,6 @@ class LWPMStrategy(StatefulStrategy):
             self.setup_optimizers(trainer)
             if self.world_size > 1:
                 check_optimizers(self.optimizers)
-            if self._asynchronous:
-                check_precision(self.precision_plugin)
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -16,7 +15,7 @@ from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.training.separable import is_separable
 
-__all__ = ["check_callbacks", "check_module", "check_optimizers", "check_precision", "warn_of_batch_norm"]
+__all__ = ["check_callbacks", "check_module", "check_optimizers", "warn_of_batch_norm"]
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
@@ -90,20 +89,6 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
                 "found for all), and no rank of a pipeline has them. Switch that off if it has an option for it (and "
                 "use the Trainer's `gradient_clip_val` for clipping), or use another optimizer such as AdamW."
             )
-
-
-def check_precision(precision: Precision) -> None:
-    """Check the precision plugin of asynchronous training.
-
-    Raises:
-        ConfigurationError: saying what to change.
-    """
-    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
-        raise ConfigurationError(
-            "precision='16-mixed' scales the loss, and skips a step where the gradients of any stage overflow; with "
-            "schedule='async' other stages have made that step by then, and the next losses are scaled. Use "
-            "precision='bf16-mixed', which needs no scaling, or another schedule, such as 'auto'."
-        )
 
 
 def warn_of_batch_norm(module: LightningModule, count: int, deferred: bool) -> None:

@@ -24,6 +24,7 @@ from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
 from lightning_lwpm.pipeline.asynchronous.in_place import unnoticed, writable
 from lightning_lwpm.pipeline.asynchronous.norms import Norms
+from lightning_lwpm.pipeline.asynchronous.overflows import Overflows
 from lightning_lwpm.pipeline.asynchronous.registry import correction
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.staging.placeholder import is_placeholder
@@ -74,7 +75,9 @@ class Overlap:
         self.run = Continuous(engine, [stages - 1 - stage for stage in range(stages)])
         self.admission = Admission(trainer, rules, stages - 1)
         self.drained = False
-        self.norms = Norms(engine.mailbox, engine.ranks, each)
+        self.scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.norms = Norms(engine.mailbox, engine.ranks, each, skipped=self.scaler is not None)
+        self.overflows = Overflows(engine.mailbox, engine.ranks, each)
         shared = engine.shared.parameters if engine.shared is not None else ()
         # what several ranks hold counts in norms on the latest stage's
         self._counted_elsewhere = {id(p) for _, p, ranks in shared if ranks[0] != rank}
@@ -110,7 +113,7 @@ class Overlap:
         """
         works = self.admission.admitted(present, following)
         if self.drained:
-            self.norms.begin()
+            self._begin()
         self.drained = len(works) == 1
         return self.run.train(works)
 
@@ -118,7 +121,12 @@ class Overlap:
         """Let go of what has been begun: others are to see a pipeline at rest."""
         if self.run.begun:
             self.run.discard()
-            self.norms.begin()
+            self._begin()
+
+    def _begin(self) -> None:
+        """The pipeline is empty."""
+        self.norms.begin()
+        self.overflows.begin()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +156,15 @@ class Overlap:
         total = self.norms.total()
         torch.nn.utils.clip_grads_with_norm_(held, max_norm, total)
         return total
+
+    def skip(self, overflow: bool) -> bool:
+        """Whether this rank skips the step; told whether gradients overflow here."""
+        assert self.scaler is not None
+        return self.overflows.skip(overflow, self.scaler.get_scale(), self.drained)
+
+    def lower(self) -> bool:
+        """Whether the scale of losses is lowered after the step."""
+        return self.overflows.lower(self.drained)
 
     # -- weights that others see ---------------------------------------------------------------------------------
 

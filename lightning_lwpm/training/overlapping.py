@@ -42,7 +42,15 @@ class OverlappingStrategy(ProcessesStrategy, ABC):
         precision = self.precision_plugin
         precision.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         if isinstance(precision, MixedPrecision) and precision.scaler is not None:
-            after_unscaling(precision.scaler, lambda overflow: self.reduce_boolean_decision(overflow, all=False))
+            after_unscaling(precision.scaler, self._skips, self._lowers)
+
+    def _skips(self, overflow: bool) -> bool:
+        if self._overlap is None:
+            return self.reduce_boolean_decision(overflow, all=False)
+        return self._overlap.skip(overflow)
+
+    def _lowers(self, skipped: bool) -> bool:
+        return skipped if self._overlap is None else self._overlap.lower()
 
     def _part_precision(self) -> None:
         """Undo :meth:`_join_precision`."""

@@ -152,16 +152,20 @@ def forget_after_closure(plugin: Precision) -> None:
     plugin.__dict__.pop("_after_closure", None)
 
 
-def after_unscaling(scaler: torch.amp.GradScaler, anywhere: Callable[[bool], bool]) -> None:
+def after_unscaling(
+    scaler: torch.amp.GradScaler, anywhere: Callable[[bool], bool], lowers: Callable[[bool], bool]
+) -> None:
     """Let a gradient scaler skip a step, and lower its scale, where gradients of any stage overflow.
 
     All that it learns of gradients comes from this method, also for optimizers that unscale gradients themselves.
 
     Args:
         scaler: The scaler of this rank.
-        anywhere: Told whether gradients of this rank overflow, it tells whether those of any rank do.
+        anywhere: Told whether gradients of this rank overflow, it tells whether the step is to be skipped.
+        lowers: Told whether a step was skipped, it tells whether the scale is to be lowered after it.
     """
     unscale = scaler._unscale_grads_
+    update = scaler.update
 
     def everywhere(
         optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -170,12 +174,21 @@ def after_unscaling(scaler: torch.amp.GradScaler, anywhere: Callable[[bool], boo
         overflow = anywhere(any(bool(value) for value in found.values()))
         return {found_inf.device: torch.full_like(found_inf, float(overflow))}  # also where there is no gradient
 
+    def updated(new_scale: float | Tensor | None = None) -> None:
+        found = [f for state in scaler._per_optimizer_states.values() for f in state["found_inf_per_device"].values()]
+        lower = lowers(any(bool(value) for value in found))
+        for value in found:
+            value.fill_(float(lower))
+        update(new_scale)
+
     scaler.__dict__["_unscale_grads_"] = everywhere
+    scaler.__dict__["update"] = updated
 
 
 def forget_after_unscaling(scaler: torch.amp.GradScaler) -> None:
     """Undo :func:`after_unscaling`."""
     scaler.__dict__.pop("_unscale_grads_", None)
+    scaler.__dict__.pop("update", None)
 
 
 @contextmanager

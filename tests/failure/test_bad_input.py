@@ -5,10 +5,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from pool import Pool
 from torch import nn
-from torch.amp import GradScaler
 from torch.utils.data import DataLoader, default_collate
 from training.modules import Classifier, train_loader
 from training.runs import run_here
@@ -150,10 +148,6 @@ class Clipping(Classifier):
         torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
-class Scaled(Classifier):
-    """Trained with a gradient scaler."""
-
-
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +208,6 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
     "an optimizer that looks at all": (AtOnce, {}, ["ByNorm", "all parameters at once", "AdamW"]),
     "norms without barriers": (Clipping, {"schedule": "async"}, ["clip_grad_norm_", "`gradient_clip_val`"]),
-    "a scaler without barriers": (Scaled, {"schedule": "async"}, ["precision='16-mixed'", "precision='bf16-mixed'"]),
     "an exception in a layer": (
         Raises,
         {},
@@ -229,8 +222,7 @@ def test_errors_on_every_rank(pool: Pool, tmp_path: Any, name: str) -> None:
     options = {"num_microbatches": 2, **options}
 
     def scenario(kwargs: dict[str, Any]) -> None:
-        more = {"plugins": [MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))]} if kind is Scaled else {}
-        fit(kwargs, kind, **more)
+        fit(kwargs, kind)
 
     outcomes = pool.outcomes(2, run_here, scenario, str(tmp_path), options, timeout=30, keep=True)
     for rank, (ok, error) in enumerate(outcomes):

@@ -109,6 +109,25 @@ def test_a_step_is_skipped_by_all_stages_or_by_none(runs: Runs, kind: Any, world
         same(expected, found, f"rank {rank}")
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_without_flushes_a_drain_at_every_step_is_the_exact_schedule(runs: Runs, world: int) -> None:
+    expected = runs.on(world, Fit(Overflowing, "16-mixed"), 2, schedule="1f1b")
+    options = {"schedule": "async", "drain_every_n_steps": 1, "staleness_correction": "none"}
+    same(expected, runs.on(world, Fit(Overflowing, "16-mixed"), 2, **options))
+
+
+@pytest.mark.parametrize("kind", [Overflowing, Fused])
+def test_without_flushes_all_ranks_have_the_same_scale(runs: Runs, kind: Any) -> None:
+    exact = runs.on(3, Fit(kind, "16-mixed"), 2)
+    found = runs.on(3, Fit(kind, "16-mixed"), 2, schedule="async")
+    for trained, logged, scaler, _ in found:
+        same(found[0][2], scaler)
+        # after each overflow lowered once; the first, of the first layer, counts a step later, when the scale has grown
+        assert scaler["scale"] == 2 * exact[0][2]["scale"]
+        assert all(torch.isfinite(weight).all() for weight in trained.values())
+        assert logged["val/loss"] < 1.2 * exact[0][1]["val/loss"]
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
 def test_the_state_of_a_scaler_goes_from_one_device_to_several_and_back(runs: Runs, before: int, after: int) -> None:
     half = {world: f"scaler-{world}" for world in (before, after)}

@@ -64,6 +64,7 @@ NAMES = [
     (TRAINER.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
     (Precision, "_after_closure"),
     (torch.amp.GradScaler, "_unscale_grads_"),
+    (torch.amp.GradScaler("cpu"), "_per_optimizer_states"),
     (torch.nn.utils.clip_grad, "_get_total_norm"),
     (ThroughputMonitor(len), "_throughputs"),
     (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
