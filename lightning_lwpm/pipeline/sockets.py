@@ -2,9 +2,11 @@
 
 import os
 import socket
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-__all__ = ["keep_alive", "own_address", "send_at_once", "shut"]
+__all__ = ["keep_alive", "own_address", "own_host", "send_at_once", "shut"]
 
 
 def shut(connection: Connection, how: int) -> None:
@@ -47,3 +49,11 @@ def own_address() -> str:
         return "127.0.0.1"
     finally:
         probe.close()
+
+
+def own_host() -> tuple[str, ...]:
+    """Tells hosts apart, and containers with networks of their own within a host."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # where there is no Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/net")]
+    return tuple(parts)
