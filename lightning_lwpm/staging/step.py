@@ -131,8 +131,8 @@ class StagedStep(TorchFunctionMode):
                     out = forward(*args, **kwargs)
                 return out, [owner.__dict__.get(name) for owner, name in stored]
 
-            args, kwargs = map_tensors(self._local, (args, kwargs))
-            return self._real(key, "layer", run, args, kwargs)[0]
+            args, kwargs, given = self._given(args, kwargs)
+            return self._real(key, "layer", run, args, kwargs, given)[0]
         finally:
             self.inside = False
             self.__enter__()
@@ -152,6 +152,15 @@ class StagedStep(TorchFunctionMode):
     def _local(self, tensor: Tensor) -> Tensor:
         """A tensor as a call of this stage is given it."""
         return localise(tensor)
+
+    def _given(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Tensor]]:
+        """Arguments as a call of this stage is given them, the very ones where all are here; and their tensors."""
+        given: list[Tensor] = []
+        spec = flatten((args, kwargs), given)
+        local = [self._local(tensor) for tensor in given]
+        if any(new is not old for new, old in zip(local, given, strict=True)):
+            args, kwargs = unflatten(spec, iter(local))
+        return args, kwargs, local
 
     # -- glue ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +195,7 @@ class StagedStep(TorchFunctionMode):
             if Remote in types:
                 if func in HOOKS and type(args[0]) is Remote:
                     args = (args[0].materialise(), *args[1:])
-                args, kwargs = map_tensors(localise, (args, kwargs))
+                args, kwargs, _ = self._given(args, kwargs)
             if func in VALUES:
                 self.keep((args, kwargs))
             self.index += 1
@@ -213,12 +222,19 @@ class StagedStep(TorchFunctionMode):
 
     # -- real and ghost ------------------------------------------------------------------------------------------
 
-    def _real(self, key: Key, called: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a call of this stage and note what it returned and changed."""
+    def _real(
+        self,
+        key: Key,
+        called: str,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Tensor] | None = None,
+    ) -> Any:
+        """Run a call of this stage and note what it returned and changed; ``given`` are the tensors it is given."""
         if self.last:
             return self._run(func, args, kwargs)
-        arguments: list[Tensor] = []
-        flatten((args, kwargs), arguments)
+        arguments = tensors((args, kwargs)) if given is None else given
         versions = [version(tensor) for tensor in arguments]
         out = self._run(func, args, kwargs)
         record, made = observe(called, out, arguments, versions)

@@ -159,8 +159,8 @@ class WholeStep(StagedStep):
         key = (self.unit, self.occurrence, self.index)
         called = getattr(func, "__name__", "") or type(func).__name__
         if self.at == self.stage:
-            args, kwargs = map_tensors(self._local, (args, kwargs))
-            return self._real(key, called, func, args, kwargs)
+            args, kwargs, given = self._given(args, kwargs)
+            return self._real(key, called, func, args, kwargs, given)
         replay = lambda: func(*map_tensors(self._local, args), **map_tensors(self._local, kwargs))  # noqa: E731
         return self._ghost(key, called, given, replay)
 
@@ -179,8 +179,16 @@ class WholeStep(StagedStep):
             return self.peers.joined(made)
 
     @override
-    def _real(self, key: Key, called: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        given = tensors((args, kwargs))
+    def _real(
+        self,
+        key: Key,
+        called: str,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Tensor] | None = None,
+    ) -> Any:
+        given = tensors((args, kwargs)) if given is None else given
         foreign = next((t for t in given if is_placeholder(t) and key[2]), None)
         if foreign is not None:
             raise PipelineError(

@@ -63,7 +63,7 @@ class ManualSteps(Steps):
             out = self._run("training_step", self.precision.train_step_context, batch, args)
             entries = self.book.entries
         out = self._share(out, None, entries)
-        self.whole.end()
+        self._ended(training=True)
         return out
 
     @override
@@ -71,8 +71,19 @@ class ManualSteps(Steps):
         if self.whole is None:
             return super().evaluate(name, context, batch, *args)
         out = self._evaluated(name, self._run(name, context, batch, args))
-        self.whole.end()
+        self._ended(training=False)
         return out
+
+    @override
+    def _let_go(self, training: bool) -> None:
+        if self.whole is None:  # else rank 0 may be done with its part before others have begun
+            super()._let_go(training)
+
+    def _ended(self, training: bool) -> None:
+        """Every rank is done with its part."""
+        assert self.whole is not None
+        self.whole.end()
+        super()._let_go(training)
 
     def _run(self, name: str, context: Callable[[], AbstractContextManager[Any]], batch: Any, args: Any) -> Any:
         """Run a step; returns its output on rank 0."""

@@ -170,7 +170,7 @@ class Steps:
                 shared = out if self._outputs_wanted("on_train_batch_end") else brief
                 message = shared, sendable(entries), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
-                self.feed.used(training=True)
+                self._let_go(training=True)
         else:
             what = "the loss of this batch from rank 0"
             out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
@@ -207,12 +207,16 @@ class Steps:
 
     def _evaluated(self, name: str, out: Any) -> Any:
         """An evaluation step has ended: its output on rank 0, and where it is looked at."""
-        if self.mailbox.rank == 0:
-            self.feed.used(training=False)
+        self._let_go(training=False)
         if self._outputs_wanted(f"on_{name.removesuffix('_step')}_batch_end"):
             self._turn += 1
             out = self.mailbox.broadcast(("output", self._turn), out, what="the output of a step")
         return out
+
+    def _let_go(self, training: bool) -> None:
+        """Rank 0 has the output of the last stage: earlier stages need no more of the batch."""
+        if self.mailbox.rank == 0:
+            self.feed.used(training)
 
     def meet(self) -> None:
         """All ranks are about to exchange something: none of them may wait for another one's part of the step."""
