@@ -119,20 +119,22 @@ class StagedStep(TorchFunctionMode):
             if stage != self.stage:
                 if self.random is not None:
                     self.random.pass_over(module)
-                arguments: list[Tensor] = []
-                flatten((args, kwargs), arguments)
-                out, values = self._ghost(key, "layer", arguments, None)
+                out = self._ghost(key, "layer", tensors((args, kwargs)), None)
+                if not stored:
+                    return out
+                out, values = out
                 for (owner, name), value in zip(stored, values, strict=True):
                     owner.__dict__[name] = value
                 return out
 
-            def run(*args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+            def run(*args: Any, **kwargs: Any) -> Any:
                 with self.as_written.left():
                     out = forward(*args, **kwargs)
-                return out, [owner.__dict__.get(name) for owner, name in stored]
+                return (out, [owner.__dict__.get(name) for owner, name in stored]) if stored else out
 
             args, kwargs, given = self._given(args, kwargs)
-            return self._real(key, "layer", run, args, kwargs, given)[0]
+            out = self._real(key, "layer", run, args, kwargs, given)
+            return out[0] if stored else out
         finally:
             self.inside = False
             self.__enter__()
