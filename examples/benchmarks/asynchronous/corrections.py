@@ -45,7 +45,8 @@ def train(run: dict[str, Any], every: int) -> dict[str, Any]:
 
     Returns:
         Also ``score`` at the end and ``scores`` after every so many steps, the ``curve`` of training losses in 30
-        parts, what corrections ``kept`` at most, as a part of the weights of their stage, and ``seconds``.
+        parts, what corrections ``kept`` at most, as a part of the weights of their stage, by how much the norm was
+        ``off`` by which stages clip (the mean over steps of the largest relative error), and ``seconds``.
     """
     task = importlib.import_module(MODELS[run["model"]])
     name, count = ("none", 1) if run["correction"] == "exact" else (run["correction"], run["stages"])
@@ -69,8 +70,9 @@ def train(run: dict[str, Any], every: int) -> dict[str, Any]:
         score = task.score(parts, data)
     size = max(1, len(losses) // 30)
     curve = [sum(losses[i : i + size]) / size for i in range(0, len(losses), size)]
-    seconds = time.perf_counter() - start
-    return {**run, "score": score, "scores": scores, "every": every, "curve": curve, "kept": kept, "seconds": seconds}
+    off = sum(emulation.errors) / max(1, len(emulation.errors))
+    told = {"score": score, "scores": scores, "every": every, "curve": curve, "kept": kept, "off": off}
+    return {**run, **told, "seconds": time.perf_counter() - start}
 
 
 def rival(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -94,7 +96,9 @@ def table(results: list[dict[str, Any]]) -> None:
         if not groups:
             continue
         score = importlib.import_module(module).SCORE
-        view = Table(*KEY[1:-1], "kept", "seeds", score, "spread", "gap %" if alike else "gap", title=model)
+        view = Table(
+            *KEY[1:-1], "kept", "norm off, %", "seeds", score, "spread", "gap %" if alike else "gap", title=model
+        )
         for key, members in sorted(groups.items(), key=lambda item: (item[0][3], item[0][1], item[0][2], item[0])):
             scores = [member["score"] for member in members]
             rivals = [exact[rival(member)] for member in members]
@@ -102,7 +106,8 @@ def table(results: list[dict[str, Any]]) -> None:
             spread = f"{max(scores) - min(scores):.4f}"
             kept = f"{max(member['kept'] for member in members):.2f}"
             mean = f"{sum(scores) / len(scores):.4f}"
-            view.add_row(*map(str, key), kept, str(len(scores)), mean, spread, f"{sum(gaps) / len(gaps):+.2f}")
+            off = f"{100 * sum(member.get('off', 0.0) for member in members) / len(members):.1f}"
+            view.add_row(*map(str, key), kept, off, str(len(scores)), mean, spread, f"{sum(gaps) / len(gaps):+.2f}")
         Console(width=160).print(view)
 
 
@@ -121,7 +126,7 @@ def main() -> None:
         help="name or name:option=number,..., several joined by +",
     )
     parser.add_argument("--exact-steps", type=int, default=0, help="exact steps at the start")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of each stage's gradient")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--init", choices=["torch", "gpt"], default="torch", help="initial weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--every", type=int, default=50, help="score after so many steps, beside the end")

@@ -79,8 +79,11 @@ class Emulation:
         num_microbatches: Micro-batches of a batch, of equal size.
         loss: Mean loss of (output of the last stage, target).
         exact_steps: So many first steps are exact: the pipeline is empty at each of them.
-        clip: Largest norm of each stage's gradient, by itself; 0 for any.
+        clip: Largest norm of the gradient, which stages know as ``pipeline.asynchronous.norms`` says; 0 for any.
         apart: Compute every micro-batch by itself.
+
+    Attributes:
+        errors: For each step the largest relative error of the norm by which a stage clips.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class Emulation:
     ) -> None:
         self.stages, self.m, self.loss = list(stages), num_microbatches, loss
         self.exact_steps, self.clip, self.apart = exact_steps, clip, apart
+        self.errors: list[float] = []
+        self._squares: list[list[float]] = []  # by step and stage
 
     def run(self, batches: Sequence[tuple[Tensor, Tensor]], after: Callable[[int], None] | None = None) -> list[float]:
         """Train on the batches, and empty the pipeline at the end; the loss of each batch.
@@ -118,6 +123,8 @@ class Emulation:
                             self._forward(number, version, start, stop)
                         else:
                             self._backward(number, version, start)
+            if self.clip:
+                self._clip(version)
             for stage in self.stages:
                 stage.correction.late = version + 1 >= self.exact_steps
                 self._step(stage)
@@ -174,9 +181,20 @@ class Emulation:
             self.stages[number - 1].gradients.update(_split(piece.input.grad, piece.start, piece.stop))
         stage.backwards = piece.stop
 
+    def _clip(self, version: int) -> None:
+        """Clip the gradients of all stages, each by the norm that it knows."""
+        held = [[p for p in stage.module.parameters() if p.grad is not None] for stage in self.stages]
+        self._squares.append([float(nn.utils.get_total_norm([p.grad for p in own])) ** 2 for own in held])
+        error, whole = 0.0, sum(self._squares[version])
+        for k, own in enumerate(held):
+            late = [version - max(0, -(-(k - j) // self.m)) for j in range(len(held))]
+            known = [step if step >= self.exact_steps else version for step in late]
+            total = sum(self._squares[step][j] for j, step in enumerate(known))
+            nn.utils.clip_grads_with_norm_(own, self.clip, torch.tensor(total).sqrt())
+            error = max(error, abs((total / whole) ** 0.5 - 1))
+        self.errors.append(error)
+
     def _step(self, stage: Stage) -> None:
-        if self.clip:
-            nn.utils.clip_grad_norm_(stage.module.parameters(), self.clip)
         stage.correction.before_step()
         with writable(stage.correction.parameters):
             stage.optimizer.step()

@@ -8,6 +8,7 @@ import torch
 from order import train
 from problems import batches, same, stages, weights
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm as norm_of
 
 from lightning_lwpm.pipeline.asynchronous.registry import CORRECTIONS, DEFAULT
 
@@ -36,6 +37,24 @@ def test_what_is_computed_at_once_is_what_is_computed_apart(name):
     losses = Emulation(at_once, 4, F.mse_loss).run(batches(6))
     assert losses == pytest.approx(Emulation(apart, 4, F.mse_loss, apart=True).run(batches(6)))
     torch.testing.assert_close(final(at_once), final(apart), rtol=1e-4, atol=1e-5)
+
+
+def test_stages_clip_by_what_they_know():
+    p, m, clip = 3, 1, 0.05
+    parts, found = stages(Stage, p, m, "none"), []
+    for k, stage in enumerate(parts):
+        parameters = list(stage.module.parameters())
+        stage.optimizer.register_step_pre_hook(
+            lambda *_, k=k, own=parameters: found.append((k, float(norm_of([p.grad for p in own]))))
+        )
+    emulation = Emulation(parts, m, F.mse_loss, clip=clip)
+    emulation.run(batches(5))
+    squares = emulation._squares
+    for number, (k, norm) in enumerate(found):
+        n = number // p
+        known = [squares[n - max(0, k - j) if n - max(0, k - j) >= 0 else n][j] for j in range(p)]
+        assert norm == pytest.approx(squares[n][k] ** 0.5 * min(1, clip / (sum(known) ** 0.5 + 1e-6)), rel=1e-4)
+    assert max(emulation.errors) > 0.01
 
 
 @pytest.mark.parametrize("name", [*CORRECTIONS, DEFAULT])
