@@ -46,6 +46,7 @@ def check_options(
     activation_checkpointing: Any,
     state_dict_type: Any,
     async_checkpoint: Any,
+    weights_after_run: Any,
     data_parallel_size: Any,
     process_group_backend: Any,
     start_method: Any,
@@ -112,6 +113,11 @@ def check_options(
         raise ConfigurationError(
             f"async_checkpoint={async_checkpoint!r}: pass True, with state_dict_type='sharded', or False. For one "
             "file, use Lightning's AsyncCheckpointIO."
+        )
+    if weights_after_run not in ("all_ranks", "rank_zero"):
+        raise ConfigurationError(
+            f"weights_after_run={weights_after_run!r} is not known. Known are: 'all_ranks' (every process has the "
+            "whole model after a run), 'rank_zero' (only rank 0 has)."
         )
     if data_parallel_size != 1:
         raise ConfigurationError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.options import check_options, check_rules, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
@@ -40,12 +41,13 @@ from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
-from lightning_lwpm.training.random_state import streams
+from lightning_lwpm.training.random_state import generators, streams
 from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.stateful import StatefulStrategy
 from lightning_lwpm.training.steps import Steps
-from lightning_lwpm.training.weights import copies, gather, holders, move
+from lightning_lwpm.training.termination import Interruption, OrderlyInterrupt
+from lightning_lwpm.training.weights import Holders, copies, gather, holders, move
 from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
 from lightning_lwpm.tuning.predict import table_of
@@ -90,6 +92,9 @@ class LWPMStrategy(StatefulStrategy):
         state_dict_type: What checkpoints are: ``"full"``: one file, the one of one device; ``"sharded"``: a folder, to
             which every rank writes its own share. Each loads on any number of devices.
         async_checkpoint: Let training go on while a sharded checkpoint is written, from a copy in host memory.
+        weights_after_run: Which processes have the whole model after ``fit``, ``test`` and their like: ``"all_ranks"``,
+            as scripts expect that every process runs to its end; ``"rank_zero"``: the others keep their share, which
+            saves host memory, and an error tells where they use the rest.
         data_parallel_size: Copies of the pipeline; only 1 for now.
         process_group_backend: How tensors travel between accelerators: ``"nccl"``, straight; ``"gloo"``, through host
             memory, also where several processes share a device. By default the former where it can be used.
@@ -128,6 +133,7 @@ class LWPMStrategy(StatefulStrategy):
         activation_checkpointing: Literal["none", "layer", "stage"] = "none",
         state_dict_type: Literal["full", "sharded"] = "full",
         async_checkpoint: bool = False,
+        weights_after_run: Literal["all_ranks", "rank_zero"] = "all_ranks",
         data_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -159,6 +165,7 @@ class LWPMStrategy(StatefulStrategy):
             activation_checkpointing=activation_checkpointing,
             state_dict_type=state_dict_type,
             async_checkpoint=async_checkpoint,
+            weights_after_run=weights_after_run,
             data_parallel_size=data_parallel_size,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -179,6 +186,7 @@ class LWPMStrategy(StatefulStrategy):
         self.patience, self.timeout, self.start_method = patience, timeout or timedelta(minutes=30), start_method
         self.activation_checkpointing = activation_checkpointing
         self.state_dict_type, self.async_checkpoint = state_dict_type, async_checkpoint
+        self.weights_after_run = weights_after_run
         self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
         self._planner: Planner | None = None
         self._feed: Feed | None = None
@@ -188,6 +196,7 @@ class LWPMStrategy(StatefulStrategy):
         self._reviewer: Reviewer | None = None
         self._recorder: Recorder | None = None
         self._copies: list[torch.nn.Module] = []
+        self._interruption = Interruption()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
@@ -223,10 +232,14 @@ class LWPMStrategy(StatefulStrategy):
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self.lightning_module
+        if fitting and self.world_size > 1:
+            self._interruption.install()  # workers of loaders, which may start from now on, are to outlive it too
         with self.told("setup"):
             feed = self._prepare(trainer)
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
             self._resume_data(trainer)
+            if self.is_global_zero:
+                self._unread = generators()
             layout = self._planner.layout(trainer, module, feed, self._wish())
             if self.world_size > 1:
                 self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
@@ -240,7 +253,7 @@ class LWPMStrategy(StatefulStrategy):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
-                self._hooks = Hooks(module, trainer, self.mailbox)
+                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again)
                 self._hooks.install()
                 self._join_precision()
             if self._recorder is not None:
@@ -251,7 +264,7 @@ class LWPMStrategy(StatefulStrategy):
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
-            common = trainer, module, engine, feed, self._hooks, self.precision_plugin
+            common = trainer, module, engine, feed, self._hooks, self.precision_plugin, self._interruption
             self._steps = ManualSteps(*common, self.optimizers) if manual else Steps(*common, count, self._overlap)
             if self.world_size > 1:
                 self._steps.termination.install()
@@ -307,6 +320,10 @@ class LWPMStrategy(StatefulStrategy):
         move(self.mailbox, self.next_turn(), self.lightning_module, old, new, self.optimizers)
         for copy in self._copies:
             move(self.mailbox, self.next_turn(), copy, old, new, ())
+
+    def _holders(self) -> Holders:
+        assert self._engine is not None
+        return holders(self._engine.layout, self.world_size)
 
     @property
     def _asynchronous(self) -> bool:
@@ -408,8 +425,27 @@ class LWPMStrategy(StatefulStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
+    @property
+    @override
+    def alone(self) -> bool:
+        if self._hooks is not None and self._hooks.alone.active:
+            return True
+        return self.global_rank == 0 and self._in_step()
+
+    def _in_step(self) -> bool:
+        """Whether the user's step runs, which ranks leave at different places, unless optimization is manual."""
+        if self.world_size == 1 or self._steps is None or isinstance(self._steps, ManualSteps):
+            return False
+        return self._steps.current() is not None
+
     @override
     def next_turn(self) -> int:
+        if self.alone or self._in_step():
+            raise ConfigurationError(
+                "a step, or a hook that runs on rank 0 only (the module's `on_..._batch_end` and `on_..._epoch_end`), "
+                "does something in which all ranks have to take part, such as `trainer.save_checkpoint(...)`. Do it in "
+                "a callback, which runs on every rank; ask for `trainer.log_dir` after the last layer, or in `setup`."
+            )
         if self._steps is not None:
             self._steps.meet()
         return super().next_turn()
@@ -452,15 +488,21 @@ class LWPMStrategy(StatefulStrategy):
         if not self.failed and self._engine is not None and self.world_size > 1:
             assert self.lightning_module is not None
             self.on_train_end()  # not reached where the run was cut short
+            everywhere = self.weights_after_run == "all_ranks"
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
-                    gather(self.mailbox, self.next_turn(), module, self._engine.layout)
+                    gather(self.mailbox, self.next_turn(), module, self._engine.layout, everywhere)
         self._end_overlap()
         if self._engine is not None:
             self._streams = streams(self._engine)
         self._engine = self._steps = self._reviewer = None
         self._copies = []
         super().teardown()
+        self.begin_again()
+        self._interruption.remove()
+        if self._interruption.noted and not self.failed:  # after the last batch
+            self._interruption.noted = False
+            raise OrderlyInterrupt
 
     @classmethod
     @override

@@ -37,6 +37,7 @@ class LWPMConf:
     log_bubble: bool = False
     async_checkpoint: bool = False
     state_dict_type: str = "full"
+    weights_after_run: str = "all_ranks"
     deterministic_rng: bool = False
     deferred_batch_norm: bool = False
     staleness_correction: str = "look_ahead+discount"

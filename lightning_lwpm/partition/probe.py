@@ -46,6 +46,11 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
     stack: list[Call] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module not in names:  # a copy has the hooks too
+            raise ConfigurationError(
+                f"the step copies {type(module).__name__}, a layer of the model, and calls the copy, which is in no "
+                "stage. Make copies in `__init__` or `setup`, as parts of the model, or train without this strategy."
+            )
         recorder.clock += 1
         if stack:
             stack[-1].has_inner = True

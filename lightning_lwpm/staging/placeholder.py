@@ -5,9 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
 __all__ = ["Placeholder", "is_placeholder", "placeholder_like"]
+
+
+_LEFT = (
+    "weights_after_run='rank_zero': this process has not got all weights of the model, only rank 0 has. Use them under "
+    "`if trainer.is_global_zero:`, or pass weights_after_run='all_ranks'."
+)
 
 
 class Placeholder(Tensor):
@@ -17,6 +24,7 @@ class Placeholder(Tensor):
     """
 
     shell: Tensor  # the same tensor on the meta device
+    left: bool = False  # whether it was left here at the end of a run, when only rank 0 got all values
 
     @staticmethod
     def __new__(cls, shell: Tensor, device: torch.device) -> "Placeholder":
@@ -46,35 +54,52 @@ class Placeholder(Tensor):
             return tensor.to("meta") if tensor.device.type != "meta" and tensor.dim() else tensor
 
         meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
+        left = any(placeholder.left for placeholder in found)
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the value of a parameter that lives on another rank of the pipeline was asked for")
+            if left:
+                raise ConfigurationError(_LEFT)
+            raise ConfigurationError(
+                "the value of a parameter that lives on another rank of the pipeline was asked for"
+            )
         device = meta_kwargs.get("device")
         if device is not None:
             meta_kwargs = {**meta_kwargs, "device": torch.device("meta")}
         written = func._schema.is_mutable and args and isinstance(args[0], Tensor)
         if written:
             if not isinstance(args[0], Placeholder):
+                if left:
+                    raise ConfigurationError(_LEFT)
                 raise RuntimeError(f"{func} writes a parameter of another rank into a tensor of this one")
             return args[0]
         if any(not isinstance(tensor, Placeholder) and tensor.dim() for tensor in tensors((args, kwargs))):
-            raise RuntimeError(
+            if left:
+                raise ConfigurationError(_LEFT)
+            raise ConfigurationError(
                 f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the "
                 "pipeline: this code uses a layer in a stage where it was not used when the model was partitioned. "
-                "Name the layers that begin a stage in `partition=[...]` so that all its uses share a stage."
+                "Name the layers that begin a stage in `partition=[...]` so that all its uses share a stage. In a "
+                "callback the model cannot be run: do it in a hook of the module that rank 0 runs alone, such as "
+                "`on_train_epoch_end`, in a step of evaluation, or after the run."
             )
         out = func(*meta_args, **meta_kwargs)
         target = torch.device(device) if device is not None else found[0].device
-        return map_tensors(lambda tensor: Placeholder(tensor, target), out)
+        made = map_tensors(lambda tensor: Placeholder(tensor, target), out)
+        for placeholder in tensors(made) if left else ():
+            placeholder.left = True  # type: ignore[attr-defined]
+        return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Placeholder({tuple(self.shape)}, {self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Placeholder":
         copy = placeholder_like(self)
+        copy.left = self.left
         memo[id(self)] = copy
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.left:
+            raise ConfigurationError(_LEFT)
         kind = (tuple(self.shape), self.dtype, str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
         return _rebuild, kind
 

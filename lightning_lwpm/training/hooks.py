@@ -4,6 +4,7 @@
     on_..._epoch_end of the module     rank 0; then logs, decisions, frozen layers, learning rates reach all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
 
+What rank 0 alone runs may use and change all weights: see ``alone``.
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
@@ -11,6 +12,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -23,9 +25,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.tickets import has_tickets
+from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Hooks"]
 
@@ -42,9 +46,23 @@ class Hooks:
         module: The LightningModule.
         trainer: Its trainer.
         mailbox: The control connections.
+        holders: Gives who holds which weights now.
+        before_data: Called before the training data is read.
+
+    Attributes:
+        alone: The weights in hooks that only rank 0 runs.
     """
 
-    def __init__(self, module: LightningModule, trainer: Trainer, mailbox: Mailbox) -> None:
+    def __init__(
+        self,
+        module: LightningModule,
+        trainer: Trainer,
+        mailbox: Mailbox,
+        holders: Callable[[], Holders],
+        before_data: Callable[[], None],
+    ) -> None:
+        self.before_data = before_data
+        self.alone = Alone(mailbox, module, holders)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
@@ -119,15 +137,13 @@ class Hooks:
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On rank 0 run it, and give what it has logged and set to the others."""
-        out = original(*args, **kwargs) if self.real else None
-        self._turn += 1
-        key = ("settings", self._turn)
+        out = None
         if self.real:
-            self.mailbox.post_all("settings", key, _settings(self.module, self.trainer))
+            with self.alone.heard():
+                out = original(*args, **kwargs)
+            self.alone.end(_settings(self.module, self.trainer))
         else:
-            _adopt_settings(
-                self.module, self.trainer, self.mailbox.take("settings", key, "what a hook of rank 0 has set")
-            )
+            _adopt_settings(self.module, self.trainer, self.alone.listen("a hook of rank 0, and what it sets"))
         if not self.trainer.predicting:
             self.share_epoch()
         return out
@@ -135,11 +151,10 @@ class Hooks:
     def _batch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run it on rank 0; in training, what it logs reaches the others at once."""
         if not self.trainer.training:
-            return original(*args, **kwargs) if self.real else None
-        self._turn += 1
-        key = ("hook", self._turn)
+            with self.alone.unheard() if self.real else nullcontext():
+                return original(*args, **kwargs) if self.real else None
         if not self.real:
-            entries, stop = self.mailbox.take("hook", key, "what a hook of rank 0 has logged")
+            entries, stop = self.alone.listen("a hook of rank 0, and what it logs")
             for name, value, options in entries:
                 self.module.log(name, value, **options)
             self.trainer.should_stop = stop
@@ -153,10 +168,11 @@ class Hooks:
 
         self.module.__dict__["log"] = note
         try:
-            out = original(*args, **kwargs)
+            with self.alone.heard():
+                out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
-        self.mailbox.post_all("hook", key, (sendable(entries), self.trainer.should_stop))
+        self.alone.end((sendable(entries), self.trainer.should_stop))
         return out
 
     @staticmethod
@@ -195,6 +211,7 @@ class _BeforeCallbacks(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.hooks.show_example()
+        self.hooks.before_data()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

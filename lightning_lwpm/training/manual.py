@@ -19,6 +19,7 @@ from lightning_lwpm.staging.tree import map_tensors
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.steps import Steps
+from lightning_lwpm.training.termination import Interruption
 
 __all__ = ["ManualSteps"]
 
@@ -33,6 +34,7 @@ class ManualSteps(Steps):
         feed: The same.
         hooks: The same.
         precision: The same.
+        interruption: The same.
         optimizers: Those of the run; the user may call them without Lightning's wrappers.
     """
 
@@ -44,9 +46,10 @@ class ManualSteps(Steps):
         feed: Feed,
         hooks: Hooks | None,
         precision: Precision,
+        interruption: Interruption,
         optimizers: list[Optimizer],
     ) -> None:
-        super().__init__(trainer, module, engine, feed, hooks, precision, 1)
+        super().__init__(trainer, module, engine, feed, hooks, precision, interruption, 1)
         self.whole = Whole(self.mailbox, module, engine.layout, engine.device) if self.mailbox.world > 1 else None
         self._entered: list[AbstractContextManager[None]] = []
         self._handles: list[Any] = []

@@ -21,6 +21,7 @@ from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
 from lightning_lwpm.training.metrics import never_synchronise
 from lightning_lwpm.training.private import init_connection
+from lightning_lwpm.training.termination import OrderlyInterrupt
 
 __all__ = ["ProcessesStrategy"]
 
@@ -110,6 +111,11 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         assert self._mailbox is not None
         return self._mailbox
 
+    @property
+    def alone(self) -> bool:
+        """Whether this is rank 0, in code that no other rank comes to: then its word is that of all."""
+        return False
+
     def next_turn(self) -> int:
         """A number for an exchange in which all ranks take part."""
         self._turn += 1
@@ -117,18 +123,18 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if self._mailbox is not None and self.world_size > 1 and not self.failed:
+        if self._mailbox is not None and self.world_size > 1 and not self.failed and not self.alone:
             self._mailbox.gather(("barrier", self.next_turn()), None, f"all ranks at '{name or 'barrier'}'")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._mailbox is None or self.world_size == 1:
+        if self._mailbox is None or self.world_size == 1 or self.alone:
             return obj
         return self._mailbox.broadcast(self.next_turn(), obj, src)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._mailbox is None or self.world_size == 1:
+        if self._mailbox is None or self.world_size == 1 or self.alone:
             return decision
         votes = self._mailbox.gather(("vote", self.next_turn()), bool(decision), "the decision of all ranks")
         return min(votes) if all else max(votes)
@@ -148,7 +154,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     def tell(self, exception: BaseException) -> None:
         """Let every rank know of an exception that leaves Lightning's loop here."""
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException | OrderlyInterrupt):
             return  # it leaves the loop of every rank: see ``termination``
         self.failed = True
         if self._mailbox is not None and self.world_size > 1:

@@ -54,6 +54,8 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     _source: Path | None = None  # the folder of a sharded checkpoint that is being loaded
     _random: dict[str, Any] | None = None  # the random numbers of the checkpoint that is being loaded
     _generators: dict[str, Any] | None = None  # those of this rank since the data is being read
+    _unread: dict[str, Any] | None = None  # those of rank 0 before data was read to look at the step
+    _begin_again: dict[str, Any] | None = None  # the same, where the data that was read has been used up by a finder
     _streams: dict[str, Any] | None = None  # those of the engine that has ended
 
     @property
@@ -176,7 +178,15 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         if first is not None:
             raise first
         self._random = checkpoint.get(KEY)
+        if self._engine is not None:  # a learning-rate finder puts back what was before it
+            self._begin_again = self._unread
         return checkpoint
+
+    def begin_again(self) -> None:
+        """After a learning-rate finder, draw the order of the data as if the finder had not drawn any."""
+        if self._begin_again is not None:
+            put_generators(self._begin_again)
+        self._unread = self._begin_again = None
 
     def _resume_data(self, trainer: Trainer) -> None:
         """Begin to read the data where the checkpoint's random numbers are; before planning, which sets up loaders."""

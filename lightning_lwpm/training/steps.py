@@ -28,7 +28,7 @@ from lightning_lwpm.training.outputs import has_loss, loss_of, mean_loss, merge_
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
 from lightning_lwpm.training.pulled import Pulled
-from lightning_lwpm.training.termination import Termination
+from lightning_lwpm.training.termination import Interruption, Termination
 
 __all__ = ["Steps"]
 
@@ -80,6 +80,7 @@ class Steps:
         feed: Has given the batches.
         hooks: The user's hooks; ``None`` with one rank.
         precision: Lightning's precision plugin.
+        interruption: Takes note of Ctrl-C.
         count: Number of micro-batches.
         overlap: Lets batches overlap; ``None`` where they do not.
     """
@@ -92,6 +93,7 @@ class Steps:
         feed: Feed,
         hooks: Hooks | None,
         precision: Precision,
+        interruption: Interruption,
         count: int,
         overlap: Overlap | None = None,
     ) -> None:
@@ -99,7 +101,7 @@ class Steps:
         self.hooks, self.precision, self.count, self.mailbox = hooks, precision, count, engine.mailbox
         self.book = LogBook(module, self.mailbox)
         self._turn = 0
-        self.termination = Termination(trainer, self.mailbox)
+        self.termination = Termination(trainer, self.mailbox, interruption)
         self._begun: deque[_Pass] = deque()  # of batches to come
         self.attach(engine)
 

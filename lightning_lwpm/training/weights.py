@@ -12,7 +12,7 @@ from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 
-__all__ = ["copies", "gather", "holders", "move"]
+__all__ = ["Holders", "copies", "gather", "holders", "move"]
 
 Holders = Callable[[str], Collection[int]]
 """From the name of a parameter or buffer to the ranks that hold its values."""
@@ -49,6 +49,7 @@ def move(
         after: Who is to hold what.
         optimizers: Optimizers that hold the model's parameters.
     """
+    _leave(module, False)
     rank = mailbox.rank
     states: dict[str, Any] = {}
     for name, tensor in named_tensors(module):
@@ -114,20 +115,27 @@ def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(tensor.shape)) for name, tensor in named_tensors(module)]
 
 
-def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout) -> None:
-    """Give every process the whole trained model, so that the code after ``fit`` works as on one device.
+def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, everywhere: bool) -> None:
+    """Give processes the whole trained model, so that the code after ``fit`` works as on one device.
 
     Args:
         mailbox: The control connections.
         key: Names this exchange; the same on all ranks.
         module: The model, partitioned.
         layout: The partition.
+        everywhere: Whether all of them are to have it; otherwise rank 0 has, and the others keep their share.
     """
     ranks = layout.ranks
     owners = {name: ranks[where[-1]] for name, where in [*layout.parameters.items(), *layout.buffers.items()]}
     for name, tensor in named_tensors(module):
         if owners.get(name) == mailbox.rank:
-            mailbox.post_all("weight", (key, name), tensor.detach())
+            if everywhere:
+                mailbox.post_all("weight", (key, name), tensor.detach())
+            elif mailbox.rank:
+                mailbox.post(0, "weight", (key, name), tensor.detach())
+    if not everywhere and mailbox.rank:
+        _leave(module, True)
+        return
 
     def fetch(name: str, tensor: Tensor) -> Tensor:
         if name not in owners or owners[name] == mailbox.rank:
@@ -135,3 +143,10 @@ def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout) -> Non
         return mailbox.take("weight", (key, name), f"the weights '{name}' from rank {owners[name]}")
 
     place(module, lambda name: None, None, fetch)
+
+
+def _leave(module: nn.Module, left: bool) -> None:
+    """Let placeholders know whether a run has left them behind; then they cannot be saved, nor used by mistake."""
+    for _, tensor in named_tensors(module):
+        if is_placeholder(tensor):
+            tensor.left = left  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Bad input: each gets an error of its own, on every rank, that quotes what was written and says what to change."""
 
+import copy
 from typing import Any
 
 import lightning as L
@@ -33,6 +34,7 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
         ({"activation_checkpointing": "all"}, ["activation_checkpointing='all'", "'none', 'layer', 'stage'"]),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
         ({"state_dict_type": "whole"}, ["state_dict_type='whole'", "'full'", "'sharded'"]),
+        ({"weights_after_run": "none"}, ["weights_after_run='none'", "'all_ranks'", "'rank_zero'"]),
         ({"async_checkpoint": True}, ["async_checkpoint=True", "state_dict_type='sharded'", "AsyncCheckpointIO"]),
         ({"process_group_backend": "mpi"}, ["process_group_backend='mpi'", "not known", "'nccl'", "'gloo'"]),
         ({"start_method": "thread"}, ["start_method='thread'", "'popen'"]),
@@ -148,6 +150,11 @@ class Clipping(Classifier):
         torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
+class Copying(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)[0] + copy.deepcopy(self.head)(torch.ones(1, 12)).sum()
+
+
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -205,6 +212,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         {"partition": ["blocks.1", "blocks.2"]},
         ["names 2 layer(s), but 2 rank(s) need 1"],
     ),
+    "a copy of a layer": (Copying, {}, ["the step copies Linear", "`__init__` or `setup`"]),
     "LBFGS": (Lbfgs, {}, ["LBFGS", "AdamW"]),
     "an optimizer that looks at all": (AtOnce, {}, ["ByNorm", "all parameters at once", "AdamW"]),
     "norms without barriers": (Clipping, {"schedule": "async"}, ["clip_grad_norm_", "`gradient_clip_val`"]),

@@ -9,6 +9,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from pool import WorkerError
 from torch import nn
 from torch.utils.data import DataLoader
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
@@ -246,3 +248,70 @@ def transfers(kwargs: dict[str, Any]) -> Any:
 def test_transfer_hooks_run_once(runs: Runs) -> None:
     expected = runs.one(transfers, 2)
     same(expected, runs.on(2, transfers, 2)[0])
+
+
+class Teaching(Classifier):
+    """A teacher that follows, weights that are kept small, samples at the end of an epoch: in hooks, of all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.blocks).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inlet(self.norm(x))
+        for block, teacher in zip(self.blocks, self.teacher, strict=True):
+            h = h + block(h) - 0.1 * teacher(h)
+        return self.head(h)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for mine, theirs in zip(self.teacher.parameters(), self.blocks.parameters(), strict=True):
+            mine.data.mul_(0.5).add_(0.5 * theirs.data)
+        with torch.no_grad():
+            self.head.weight.clamp_(-0.2, 0.2)
+            torch._foreach_mul_(list(self.inlet.parameters()), 0.99)
+
+    def on_train_epoch_end(self) -> None:
+        self.count += 1
+        self.log("sampled", self(data().tensors[0]).std())  # batch normalisation counts it
+        self.log("size", sum(parameter.square().sum() for parameter in self.parameters()))
+        assert self.trainer.log_dir == self.trainer.default_root_dir
+
+
+def teaching(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Teaching()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2})
+    trainer.fit(module, train_loader(20), val_loader())
+    return metrics(trainer), weights(module)
+
+
+def test_hooks_that_rank_0_runs_alone_use_and_change_all_weights(runs: Runs) -> None:
+    alike(runs, teaching, worlds=(2, 3))
+
+
+class Saving(Classifier):
+    def on_train_epoch_end(self) -> None:
+        self.trainer.save_checkpoint("never.ckpt")
+
+
+def saving(kwargs: dict[str, Any]) -> None:
+    L.Trainer(**kwargs | {"max_epochs": 1}).fit(Saving(), train_loader(20))
+
+
+class Sampling(L.Callback):
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module(data().tensors[0])
+
+
+def sampling(kwargs: dict[str, Any]) -> None:
+    L.Trainer(**kwargs | {"max_epochs": 1, "callbacks": [Sampling()]}).fit(Classifier(), train_loader(20))
+
+
+def test_what_one_rank_cannot_do_alone_says_so(runs: Runs) -> None:
+    with pytest.raises(WorkerError, match=r"runs on rank 0 only.*trainer\.save_checkpoint.*Do it in a callback"):
+        runs.on(2, saving)
+    with pytest.raises(WorkerError, match=r"In a callback the model cannot be run.*on_train_epoch_end"):
+        runs.on(2, sampling)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     EarlyStopping,
     LambdaCallback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -205,7 +206,19 @@ def learning_rate(kwargs: dict[str, Any]) -> Any:
     finder = Tuner(trainer).lr_find(module, train_loader(36), val_loader(), num_training=12, attr_name="lr")
     same(before, weights(module))
     left = [name for name in files(kwargs["default_root_dir"]) if ".lr_find" in name]
-    return {"results": finder.results, "suggestion": finder.suggestion(), "lr": module.hparams.lr, "left": left}
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, train_loader(36), val_loader())  # in the order that one device draws after the finder
+    module_of_callback = seeded()
+    other = L.Trainer(**again(kwargs) | {"max_epochs": 2, "callbacks": [LearningRateFinder(num_training_steps=8)]})
+    other.fit(module_of_callback, train_loader(36), val_loader())
+    after = [weights(module), metrics(trainer), weights(module_of_callback), metrics(other)]
+    return {
+        "after": after,
+        "results": finder.results,
+        "suggestion": finder.suggestion(),
+        "lr": module.hparams.lr,
+        "left": left,
+    }
 
 
 def test_learning_rate_finder(runs: Runs) -> None:

@@ -1,0 +1,155 @@
+"""Hooks that only rank 0 runs may use and change all weights: those of other ranks are fetched, and sent back.
+
+    rank 0, in a hook                              every other rank, at the same hook
+    -----------------                              ----------------------------------
+    touches a weight that lives elsewhere  ------> sends it, if it is the first that holds it
+    has changed weights of others          ------> takes the new values
+    ends                                   ------> goes on
+
+The others wait in the same hook, so no weight changes meanwhile.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.wire import to_device
+from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.placement import named_tensors
+from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.training.weights import Holders
+
+__all__ = ["Alone"]
+
+
+class Alone:
+    """The weights in hooks that only rank 0 runs.
+
+    Args:
+        mailbox: The control connections.
+        module: The partitioned model.
+        holders: Gives who holds what now.
+
+    Attributes:
+        active: Whether rank 0 is in such a hook; never on other ranks.
+    """
+
+    def __init__(self, mailbox: Mailbox, module: LightningModule, holders: Callable[[], Holders]) -> None:
+        self.mailbox, self.module, self.holders = mailbox, module, holders
+        self.active = False
+        self._messages = 0
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """On rank 0, around a hook in which no other rank listens."""
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """On rank 0, around a hook in which all others :meth:`listen`; :meth:`end` has to follow."""
+        holders, named = self.holders(), dict(named_tensors(self.module))
+        reaching = _Reaching({id(tensor): name for name, tensor in named.items()}, self._fetch)
+        with self.unheard(), reaching:
+            yield
+        for name, tensor in named.items():
+            values = reaching.fetched.get(name, tensor)
+            if any(rank for rank in holders(name)) and reaching.changed(name, values):
+                self._tell(("changed", name, values.detach()))
+
+    def end(self, message: Any) -> None:
+        """Let the others go on.
+
+        Args:
+            message: What their :meth:`listen` returns.
+        """
+        self._tell(("end", "", message))
+
+    def listen(self, what: str) -> Any:
+        """On other ranks: give and take weights until the hook has ended on rank 0.
+
+        Args:
+            what: Says, for people, what is waited for.
+        """
+        named: dict[str, Tensor] = {}
+        while True:
+            self._messages += 1
+            kind, name, value = self.mailbox.take("alone", self._messages, what, source=0)
+            if kind == "end":
+                return value
+            named = named or dict(named_tensors(self.module))
+            holders = self.holders()(name)
+            if kind == "weight" and self.mailbox.rank == min(holders):
+                self.mailbox.post(0, "alone weight", name, named[name].detach())
+            elif kind == "changed" and self.mailbox.rank in holders:
+                named[name].data.copy_(value)  # through `data`: passes under way may have kept what was there
+
+    def _tell(self, message: Any) -> None:
+        self._messages += 1
+        self.mailbox.post_all("alone", self._messages, message)
+
+    def _fetch(self, name: str, device: torch.device) -> Tensor:
+        self._tell(("weight", name, None))
+        owner = min(self.holders()(name))
+        what = f"the weights '{name}' from rank {owner}, for a hook"
+        return to_device(self.mailbox.take("alone weight", name, what, source=owner), device)
+
+
+class _Reaching(TorchDispatchMode):
+    """Puts values in the place of placeholders, and notes what is written.
+
+    Args:
+        names: Of parameters and buffers, by the ``id`` of each.
+        fetch: Gives the values of one, from its name, on a device.
+
+    Attributes:
+        fetched: The values that have been fetched, by name.
+    """
+
+    def __init__(self, names: dict[int, str], fetch: Callable[[str, torch.device], Tensor]) -> None:
+        super().__init__()
+        self.names, self.fetch = names, fetch
+        self.fetched: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        real_args, real_kwargs = map_tensors(self._values, (args, kwargs or {}))
+        out = func(*real_args, **real_kwargs)
+        if not func._schema.is_mutable:
+            return out
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = real_args[number] if number < len(real_args) else real_kwargs.get(argument.name)
+                self._written.update(_storage(t) for t in tensors(written) if not isinstance(t, Placeholder))
+        return args[0] if args and isinstance(args[0], Placeholder) and isinstance(out, Tensor) else out
+
+    def changed(self, name: str, values: Tensor) -> bool:
+        """Whether a parameter or buffer has been written."""
+        if isinstance(values, Placeholder):
+            return False
+        before = self._before.get(name)  # batch normalisation does not say that it writes
+        return _storage(values) in self._written or (before is not None and not torch.equal(before, values))
+
+    def _values(self, tensor: Tensor) -> Tensor:
+        name = self.names.get(id(tensor)) if isinstance(tensor, Placeholder) else None
+        if name is None:
+            return tensor
+        if name not in self.fetched:
+            self.fetched[name] = self.fetch(name, tensor.device)
+            if not isinstance(tensor, torch.nn.Parameter):
+                self._before[name] = self.fetched[name].clone()
+        return self.fetched[name]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
