@@ -1,5 +1,6 @@
 """The part of the strategy that saves and loads checkpoints."""
 
+import copy
 import pickle
 from abc import ABC
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
@@ -23,6 +25,7 @@ from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
+from lightning_lwpm.training.weights import merged_copy
 
 __all__ = ["StatefulStrategy"]
 
@@ -143,6 +146,20 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         self._source = self._random = self._generators = None
         self._saved()
         super().teardown()
+
+    def merged_module(self) -> nn.Module | None:
+        """The model with all its weights as an ordinary module, for inference or export.
+
+        To be called on all ranks: after a run, or during one in a callback.
+
+        Returns:
+            On rank 0 a copy in host memory, in the mode (training or evaluation) of the model; ``None`` elsewhere.
+        """
+        assert self.lightning_module is not None
+        if self._mailbox is None:  # nothing has run yet, so each process holds the whole model
+            return copy.deepcopy(self.lightning_module) if self.is_global_zero else None
+        with self._resting({}), self.told("merging the model"):
+            return merged_copy(self.mailbox, self.next_turn(), self.lightning_module)
 
     # -- loading -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Moves weights: from rank 0 to their stages at the start of a run, between stages, and together at its end."""
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
+from lightning_lwpm.state.merge import merge_checkpoint
 
-__all__ = ["Holders", "copies", "gather", "holders", "move"]
+__all__ = ["Holders", "copies", "gather", "holders", "merged_copy", "move"]
 
 Holders = Callable[[str], Collection[int]]
 """From the name of a parameter or buffer to the ranks that hold its values."""
@@ -143,6 +145,25 @@ def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, everyw
         return mailbox.take("weight", (key, name), f"the weights '{name}' from rank {owners[name]}")
 
     place(module, lambda name: None, None, fetch)
+
+
+def merged_copy(mailbox: Mailbox, key: int, module: nn.Module) -> nn.Module | None:
+    """A copy of the model with all weights, in host memory, on rank 0; ``None`` elsewhere.
+
+    Args:
+        mailbox: The control connections.
+        key: Names this exchange; the same on all ranks.
+        module: The model, partitioned or not.
+    """
+    named = dict(named_tensors(module))
+    merged = merge_checkpoint(mailbox, key, {"weights": named})["weights"]
+    if mailbox.rank:
+        return None
+    made: dict[int, Any] = {}  # instead of copies of what is here: where it is copied to
+    for name, tensor in named.items():
+        values = merged[name].detach().to("cpu", copy=True)
+        made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    return copy.deepcopy(module, made)
 
 
 def _leave(module: nn.Module, left: bool) -> None:

@@ -1,5 +1,6 @@
 """What every process has after a run."""
 
+import copy
 import io
 from typing import Any
 
@@ -45,6 +46,37 @@ def afterwards(kwargs: dict[str, Any], everywhere: bool = True) -> Any:
     other.fit(module, train_loader(36), val_loader())
     found["by another"] = metrics(other), weights(module) if whole or more else None
     return found
+
+
+class Exports(L.Callback):
+    """Keeps merged copies of the model, or plain ones on one device."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pipelined = isinstance(trainer.strategy, LWPMStrategy)
+        made = trainer.strategy.merged_module() if pipelined else copy.deepcopy(pl_module)
+        if made is not None:
+            self.found.append((weights(made), made(data().tensors[0]), made.training, type(made).__name__))
+
+
+def exported(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, exports = Classifier(), Exports()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [exports]})
+    trainer.fit(module, train_loader(36), val_loader())
+    exports.on_train_epoch_end(trainer, module)
+    return exports.found
+
+
+def test_merged_copies_of_the_model(runs: Runs) -> None:
+    expected = runs.one(exported)
+    assert len(expected) == 3
+    for world in (2, 3):
+        first, *others = runs.on(world, exported)
+        same(expected, first)
+        assert not any(others)
 
 
 def on_rank_zero(kwargs: dict[str, Any]) -> Any:
