@@ -12,7 +12,7 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
 from lightning_lwpm.state.shards import ShardedSave
-from lightning_lwpm.state.storage import WholeCheckpointIO
+from lightning_lwpm.training.storage import WholeCheckpointIO
 
 __all__ = ["merge", "split"]
 

@@ -20,11 +20,11 @@ from lightning_lwpm.state.load import check_file, fill, read_rest
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
-from lightning_lwpm.state.storage import WholeCheckpointIO, local_path
 from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
+from lightning_lwpm.training.storage import WholeCheckpointIO, local_path
 from lightning_lwpm.training.weights import merged_copy
 
 __all__ = ["StatefulStrategy"]

@@ -14,8 +14,8 @@ import torch
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
 from lightning_lwpm.state.shards import ShardedSave
-from lightning_lwpm.state.storage import WholeCheckpointIO
 from lightning_lwpm.state.whole import PREFIX
+from lightning_lwpm.training.storage import WholeCheckpointIO
 
 ROUNDS = 50
 
@@ -77,7 +77,7 @@ def save_on_a_full_disk(folder: Path, sharded: bool, ready: Any) -> None:
 def forks() -> Any:
     """Starts processes that have everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_lwpm.state.load", "lightning_lwpm.state.storage"])
+    context.set_forkserver_preload(["lightning_lwpm.state.load", "lightning_lwpm.training.storage"])
     return context
 
 
