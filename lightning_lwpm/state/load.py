@@ -74,15 +74,20 @@ def fill(value: Any, data: Path, wanted: Callable[[TreePath], bool] = lambda _: 
     """
     reader = _Reader(data)
     known = reader.read_metadata().state_dict_metadata
+    found = [(path, tensor) for path, tensor in walk(value, at) if tensor.is_meta]
+    names: dict[int, str] = {}  # one meta tensor at several paths: tied weights, written under the name of one of them
+    for path, tensor in found:
+        if tell(path) in known:
+            names.setdefault(id(tensor), tell(path))
     read = {
-        tell(path): torch.empty_like(tensor, device="cpu")
-        for path, tensor in walk(value, at)
-        if tensor.is_meta and tell(path) in known and wanted(path)
+        names[id(tensor)]: torch.empty_like(tensor, device="cpu")
+        for path, tensor in found
+        if id(tensor) in names and wanted(path)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no news with one process
         dcp.load(read, storage_reader=reader, planner=dcp.DefaultLoadPlanner(flatten_state_dict=False), no_dist=True)
-    return replaced(value, lambda path, tensor: read.get(tell(path), tensor), at)
+    return replaced(value, lambda _, tensor: read.get(names.get(id(tensor), ""), tensor), at)
 
 
 class _Reader(dcp.FileSystemReader):

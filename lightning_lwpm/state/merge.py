@@ -16,7 +16,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.state.tree import Path, replaced, tell, walk
 
-__all__ = ["Shares", "agree", "held_states", "merge_checkpoint", "unite"]
+__all__ = ["Shares", "agree", "held_states", "merge_checkpoint", "place_of", "unite"]
 
 Entry = tuple[int, Any]
 """Number of an optimizer, and the key of one of its states."""
@@ -84,7 +84,7 @@ def merge_checkpoint(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> 
         posted: dict[Any, Path] = {}
         for path, value in shares.given(mailbox.rank, checkpoint):
             # weights under several names stay one tensor in the file
-            first = posted.setdefault(_place(value), path) if isinstance(value, Tensor) and value.numel() else path
+            first = posted.setdefault(place_of(value), path) if isinstance(value, Tensor) and value.numel() else path
             mailbox.post(0, "state", (key, path), (first, value if first == path else None))
         return checkpoint
     fetched: dict[Path, Any] = {}
@@ -121,7 +121,7 @@ def _path(number: int, index: Any) -> Path:
     return "optimizer_states", number, "state", index
 
 
-def _place(tensor: Tensor) -> Any:
+def place_of(tensor: Tensor) -> Any:
     """Where a tensor lies: alike for tensors that are the same."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
-from lightning_lwpm.state.merge import agree, unite
+from lightning_lwpm.state.merge import agree, place_of, unite
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
 from lightning_lwpm.state.whole import partial_folder, sync_folder, whole_file
@@ -166,19 +166,23 @@ def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The large tensors that this rank is to write, by path, and on rank 0 the rest of the whole checkpoint."""
+    """The large tensors that this rank is to write, by path, and on rank 0 the rest of the whole checkpoint.
+
+    A tensor that lies at several paths (tied weights) is written once; in the rest one meta tensor lies at all of them.
+    """
     shares = agree(mailbox, key, checkpoint)
     rank, own = mailbox.rank, {}
+    places: dict[Any, str] = {}
+    firsts: dict[str, str] = {}  # by path, where the same tensor is written
     gives: list[tuple[TreePath, Any]] = [((), checkpoint)] if rank == 0 else list(shares.given(rank, checkpoint))
     for start, value in gives:
         for path, tensor in walk(value, start):
-            if not is_placeholder(tensor) and (_large(tensor) or path in shares.owners):
+            if is_placeholder(tensor):
+                continue
+            if _large(tensor):
+                firsts[tell(path)] = places.setdefault(place_of(tensor), tell(path))
+            if firsts.get(tell(path)) == tell(path) or (path in shares.owners and not _large(tensor)):
                 own[tell(path)] = tensor.detach()
-
-    def shell(_: Any, tensor: Tensor) -> Tensor:
-        if is_placeholder(tensor):
-            return torch.empty_like(tensor.shell, device="meta")  # type: ignore[attr-defined]
-        return torch.empty_like(tensor, device="meta") if _large(tensor) else tensor
 
     def light(_: Any, tensor: Tensor) -> Tensor:
         return placeholder_like(tensor.detach()) if _large(tensor) else tensor
@@ -188,11 +192,24 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
         for (number, index), owner in shares.entries.items()
         if owner == rank and rank
     }
-    everyone = mailbox.gather(("entries", key), entries, "all ranks' optimizer states")
+    everyone = mailbox.gather(("entries", key), (entries, firsts), "all ranks' optimizer states")
     if rank:
         return own, {}
-    rest = unite(replaced(checkpoint, shell), {k: replaced(v, shell) for part in everyone for k, v in part.items()})
-    return own, rest
+    firsts = {path: first for _, part in everyone for path, first in part.items()}
+    shells: dict[str, Tensor] = {}
+
+    def shell(path: TreePath, tensor: Tensor) -> Tensor:
+        if not is_placeholder(tensor) and not _large(tensor):
+            return tensor
+        like = tensor.shell if is_placeholder(tensor) else tensor  # type: ignore[attr-defined]
+        return shells.setdefault(firsts.get(tell(path), tell(path)), torch.empty_like(like, device="meta"))
+
+    found = {
+        (number, index): replaced(state, shell, ("optimizer_states", number, "state", index))
+        for part, _ in everyone
+        for (number, index), state in part.items()
+    }
+    return own, unite(replaced(checkpoint, shell), found)
 
 
 def _large(tensor: Tensor) -> bool:

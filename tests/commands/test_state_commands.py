@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from training.runs import same
 
 from lightning_lwpm.cli import main
@@ -15,7 +16,12 @@ def checkpoint() -> dict[str, object]:
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(40, 30)}}
     return {
         "epoch": 3,
-        "state_dict": {"weight": weight, "half": torch.randn(5, 9).bfloat16(), "turned": torch.randn(9, 30).t()},
+        "state_dict": {
+            "weight": weight,
+            "half": torch.randn(5, 9).bfloat16(),
+            "turned": torch.randn(9, 30).t(),
+            "tied": weight,
+        },
         "optimizer_states": [{"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}],
         "hyper_parameters": {"width": 40, "names": ["a", ("b", 2)]},
     }
@@ -27,6 +33,11 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["split", str(one), str(folder)]) == 0 and folder.is_dir()
     assert main(["merge", str(folder), str(back)]) == 0 and back.is_file()
     same(torch.load(one), torch.load(back))
+    for path in (one, back):
+        weights = torch.load(path)["state_dict"]
+        assert weights["weight"].data_ptr() == weights["tied"].data_ptr(), f"tied weights are one tensor in {path}"
+    (data,) = folder.glob("data-*")
+    assert len(FileSystemReader(data).read_metadata().state_dict_metadata) == 4, "tied weights are written once"
     capsys.readouterr()
     for command, expected in (
         (["merge", str(one), str(tmp_path / "x")], "is no sharded checkpoint"),
