@@ -1,7 +1,7 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,9 +22,10 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
+from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
-from lightning_lwpm.staging.lazy import built_lazily
+from lightning_lwpm.staging.lazy import built_lazily, is_lazy
 from lightning_lwpm.training.admission import Rules
 from lightning_lwpm.training.building import initialise
 from lightning_lwpm.training.checks import (
@@ -240,10 +241,11 @@ class LWPMStrategy(StatefulStrategy):
             self._resume_data(trainer)
             if self.is_global_zero:
                 self._unread = generators()
-            layout = self._planner.layout(trainer, module, feed, self._wish())
-            if self.world_size > 1:
-                self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
-            self._move_weights(None, layout)
+            with freed_at_once() if any(map(is_lazy, module.parameters())) else nullcontext():
+                layout = self._planner.layout(trainer, module, feed, self._wish())
+                if self.world_size > 1:
+                    self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
+                self._move_weights(None, layout)
             self.model_to_device()
             self.setup_precision_plugin()
             if fitting:

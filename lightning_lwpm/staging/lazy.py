@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.recipe import MAKING, Call, Recipe, View, kept, part_of, resolved
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
@@ -254,7 +255,7 @@ class _Building(TorchDispatchMode):
 @contextmanager
 def built_lazily() -> Iterator[None]:
     """Large tensors that are made in the block on the host are lazy."""
-    with _Building():
+    with freed_at_once(), _Building():
         yield
 
 
