@@ -190,7 +190,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
                 f"the checkpoint '{checkpoint_path}' cannot be read, and nothing was loaded: {type(caught).__name__}: "
                 f"{caught}"
             )
-        errors = self.mailbox.gather(("load", self.next_turn()), error, "all ranks to read a checkpoint")
+        errors = [error]
+        if self._mailbox is not None:  # before the first run each process reads for itself
+            errors = self.mailbox.gather(("load", self.next_turn()), error, "all ranks to read a checkpoint")
         first = next((error for error in errors if error is not None), None)
         if first is not None:
             raise first

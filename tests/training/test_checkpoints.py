@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from training.modules import Classifier, data, train_loader
 from training.runs import Runs, metrics, same, weights
 
+from lightning_lwpm import LWPMStrategy
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.state.load import is_sharded
 from lightning_lwpm.state.shards import crc
@@ -269,6 +270,19 @@ def test_model_checkpoint(runs: Runs, later: bool) -> None:
     for found in runs.on(2, Kept(folders[1], later), state_dict_type="sharded", async_checkpoint=later):
         same(expected, found)
     assert all(is_sharded(path) for path in folders[1].iterdir())
+
+
+def test_read_before_a_run(tmp_path: Path) -> None:
+    """What Lightning's strategies give, though no other process is there to read with."""
+    path = tmp_path / "a.ckpt"
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    stock = L.Trainer(**quiet, devices=1, max_steps=1)
+    stock.fit(Classifier(), DataLoader(data(32), 8))
+    stock.save_checkpoint(path)
+    strategy = L.Trainer(**quiet, devices=2, strategy=LWPMStrategy()).strategy
+    same(stock.strategy.load_checkpoint(path), strategy.load_checkpoint(path))
+    with pytest.raises(FileNotFoundError):
+        strategy.load_checkpoint(tmp_path / "none.ckpt")
 
 
 def _plain(value: Any) -> Any:
