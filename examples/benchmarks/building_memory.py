@@ -1,6 +1,6 @@
 """Peak of host memory of each rank up to the first step, over what the process had before, built whole or lazily.
 
-    python examples/benchmarks/building_memory.py --layers 64 --ranks 2 4
+python examples/benchmarks/building_memory.py --layers 64 --ranks 2 4
 """
 
 import argparse
