@@ -50,6 +50,7 @@ __all__ = [
     "one_after_another",
     "optimizers_to_device",
     "replace_sigterm",
+    "restoring",
     "saves_every",
     "set_up_training_data",
     "skips_backward",
@@ -223,6 +224,11 @@ def one_after_another(trainer: Trainer) -> bool:
 def given(dataloader_iter: Any, batch: Any) -> None:
     """Let Lightning's loop hand this batch to hooks, in the place of what the loader of this rank gave."""
     dataloader_iter.data_fetcher._batch = batch
+
+
+def restoring(trainer: Trainer) -> bool:
+    """Whether this run goes on from a checkpoint that has been read."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
 
 
 def set_up_training_data(trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.training.overlapping import OverlappingStrategy
-from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, set_up_training_data
+from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, restoring, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
 from lightning_lwpm.training.storage import WholeCheckpointIO, local_path
 from lightning_lwpm.training.weights import merged_copy
@@ -209,6 +209,8 @@ class StatefulStrategy(OverlappingStrategy, ABC):
 
     def _resume_data(self, trainer: Trainer) -> None:
         """Begin to read the data where the checkpoint's random numbers are; before planning, which sets up loaders."""
+        if not restoring(trainer):  # somebody has only read a checkpoint
+            self._random = None
         if self._random is not None and trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             put_generators(self._random["ranks"][0])
             set_up_training_data(trainer)

@@ -136,15 +136,19 @@ class Dropping(Classifier):
 class Shuffled:
     """Trains with dropout and shuffled data, without a break or with one."""
 
-    def __init__(self, saves: str | None, resumes: str | None, seed: int, sharded: bool = False) -> None:
-        self.arguments = saves, resumes, seed, sharded
+    def __init__(
+        self, saves: str | None, resumes: str | None, seed: int, sharded: bool = False, reads: str | None = None
+    ) -> None:
+        self.arguments = saves, resumes, seed, sharded, reads
 
     def __call__(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        saves, resumes, seed, sharded = self.arguments
+        saves, resumes, seed, sharded, reads = self.arguments
         L.seed_everything(seed)
         module = Dropping()
         trainer = L.Trainer(**kwargs, max_epochs=2 if saves else 4)
         trainer.strategy.state_dict_type = "sharded" if sharded else "full"
+        if reads:
+            trainer.strategy.load_checkpoint(reads)
         trainer.fit(module, train_loader(32), ckpt_path=resumes, weights_only=True)
         if saves:
             trainer.save_checkpoint(saves)
@@ -159,6 +163,7 @@ def test_random_numbers_go_on(runs: Runs, world: int) -> None:
         half = str(runs.folder / f"shuffled-{world}-{sharded}.ckpt")
         runs.on(world, Shuffled(half, None, 5, sharded), 2)
         same(whole, runs.on(world, Shuffled(None, half, 77), 2)[0], f"sharded: {sharded}")
+    same(whole, runs.on(world, Shuffled(None, None, 5, reads=half), 2)[0], "read, and not gone on from")
 
 
 class Refusals:
