@@ -202,7 +202,7 @@ class LWPMStrategy(StatefulStrategy):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
         made = ("_mailbox", "transport", "_planner", "_feed", "_engine", "_hooks", "_steps", "_reviewer", "_recorder")
-        return {name: None if name in made else value for name, value in vars(self).items()}
+        return {name: None if name in made else value for name, value in super().__getstate__().items()}
 
     @property
     @override
