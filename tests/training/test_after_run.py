@@ -67,8 +67,20 @@ def exported(kwargs: dict[str, Any]) -> Any:
     trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [exports]})
     trainer.fit(module, train_loader(36), val_loader())
     exports.on_train_epoch_end(trainer, module)
-    torch.save(trainer, io.BytesIO())
     return exports.found
+
+
+def pickled(kwargs: dict[str, Any]) -> Any:
+    module, stream = Classifier(), io.BytesIO()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(module, train_loader(36), val_loader())
+    torch.save(trainer, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False).global_step
+
+
+def test_a_trainer_can_be_saved(runs: Runs) -> None:
+    assert runs.one(pickled) == runs.on(1, pickled)[0] > 0
 
 
 def test_merged_copies_of_the_model(runs: Runs) -> None:
