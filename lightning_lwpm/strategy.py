@@ -432,17 +432,15 @@ class LWPMStrategy(StatefulStrategy):
     def alone(self) -> bool:
         if self._hooks is not None and self._hooks.alone.active:
             return True
-        return self.global_rank == 0 and self._in_step()
+        return self.global_rank == 0 and self._apart
 
-    def _in_step(self) -> bool:
-        """Whether the user's step runs, which ranks leave at different places, unless optimization is manual."""
-        if self.world_size == 1 or self._steps is None or isinstance(self._steps, ManualSteps):
-            return False
-        return self._steps.current() is not None
+    @property
+    def _apart(self) -> bool:
+        return self._steps is not None and self._steps.apart
 
     @override
     def next_turn(self) -> int:
-        if self.alone or self._in_step():
+        if self.alone or self._apart:
             raise ConfigurationError(
                 "a step, or a hook that runs on rank 0 only (the module's `on_..._batch_end` and `on_..._epoch_end`), "
                 "does something in which all ranks have to take part, such as `trainer.save_checkpoint(...)`. Do it in "

@@ -194,14 +194,15 @@ class StagedStep(TorchFunctionMode):
     def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """One function call between layers."""
         if self.at == self.stage:
-            if Remote in types:
-                if func in HOOKS and type(args[0]) is Remote:
-                    args = (args[0].materialise(), *args[1:])
-                args, kwargs, _ = self._given(args, kwargs)
+            if func in HOOKS and type(args[0]) is Remote:
+                args = (args[0].materialise(), *args[1:])
+            given: list[Tensor] = []
+            if Remote in types or not self.last:
+                args, kwargs, given = self._given(args, kwargs)
             if func in VALUES:
                 self.keep((args, kwargs))
             self.index += 1
-            return self._real((self.unit, self.occurrence, self.index), _called(func), func, args, kwargs)
+            return self._real((self.unit, self.occurrence, self.index), _called(func), func, args, kwargs, given)
         self.index += 1
         key = (self.unit, self.occurrence, self.index)
         arguments: list[Tensor] = []
@@ -224,24 +225,15 @@ class StagedStep(TorchFunctionMode):
 
     # -- real and ghost ------------------------------------------------------------------------------------------
 
-    def _real(
-        self,
-        key: Key,
-        called: str,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        given: list[Tensor] | None = None,
-    ) -> Any:
+    def _real(self, key: Key, called: str, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         """Run a call of this stage and note what it returned and changed; ``given`` are the tensors it is given."""
         if self.last:
             return self._run(func, args, kwargs)
-        arguments = tensors((args, kwargs)) if given is None else given
-        versions = [version(tensor) for tensor in arguments]
+        versions = [version(tensor) for tensor in given]
         out = self._run(func, args, kwargs)
-        record, made = observe(called, out, arguments, versions)
+        record, made = observe(called, out, given, versions)
         self.trace[key] = record
-        self.reach.note(key, record, arguments, made)
+        self.reach.note(key, record, given, made)
         return out
 
     def _run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -179,16 +179,7 @@ class WholeStep(StagedStep):
             return self.peers.joined(made)
 
     @override
-    def _real(
-        self,
-        key: Key,
-        called: str,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        given: list[Tensor] | None = None,
-    ) -> Any:
-        given = tensors((args, kwargs)) if given is None else given
+    def _real(self, key: Key, called: str, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         foreign = next((t for t in given if is_placeholder(t) and key[2]), None)
         if foreign is not None:
             raise PipelineError(

@@ -109,6 +109,11 @@ class ManualSteps(Steps):
     def current(self) -> StagedStep | None:
         return self.whole.step if self.whole is not None else super().current()
 
+    @property
+    @override
+    def apart(self) -> bool:
+        return False  # every rank runs the step to its end
+
     @override
     def meet(self) -> None:
         step = self.whole.step if self.whole is not None else None

@@ -220,6 +220,11 @@ class Steps:
         if self.mailbox.rank == 0:
             self.feed.used(training)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the user's step runs, and ranks leave it at different places."""
+        return self.mailbox.world > 1 and self.current() is not None
+
     def meet(self) -> None:
         """All ranks are about to exchange something: none of them may wait for another one's part of the step."""
 

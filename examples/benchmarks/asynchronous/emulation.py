@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lightning_lwpm.pipeline.asynchronous.correction import Correction
 from lightning_lwpm.pipeline.asynchronous.delay import Delay
 from lightning_lwpm.pipeline.asynchronous.in_place import writable
+from lightning_lwpm.pipeline.asynchronous.told import late
 
 
 @dataclass
@@ -187,8 +188,8 @@ class Emulation:
         self._squares.append([float(nn.utils.get_total_norm([p.grad for p in own])) ** 2 for own in held])
         error, whole = 0.0, sum(self._squares[version])
         for k, own in enumerate(held):
-            late = [version - max(0, -(-(k - j) // self.m)) for j in range(len(held))]
-            known = [step if step >= self.exact_steps else version for step in late]
+            latest = [version - late(j, k, self.m) for j in range(len(held))]
+            known = [step if step >= self.exact_steps else version for step in latest]
             total = sum(self._squares[step][j] for j, step in enumerate(known))
             nn.utils.clip_grads_with_norm_(own, self.clip, torch.tensor(total).sqrt())
             error = max(error, abs((total / whole) ** 0.5 - 1))

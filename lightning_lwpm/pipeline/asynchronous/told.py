@@ -9,9 +9,14 @@ from typing import Generic, TypeVar
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 
-__all__ = ["Told"]
+__all__ = ["Told", "late"]
 
 Value = TypeVar("Value", float, bool)
+
+
+def late(stage: int, at: int, num_microbatches: int) -> int:
+    """How many steps ago a stage told what is known of it at stage ``at`` without waiting."""
+    return max(0, -(-(at - stage) // num_microbatches))
 
 
 class Told(Generic[Value]):
@@ -48,8 +53,8 @@ class Told(Generic[Value]):
         self.since = self.turn
 
     def late(self, stage: int, at: int) -> int:
-        """How many steps ago a stage told what is known of it at stage ``at`` without waiting."""
-        return 0 if stage >= at else -(-(at - stage) // self.num_microbatches)
+        """See :func:`late`."""
+        return late(stage, at, self.num_microbatches)
 
     def value(self, stage: int, turn: int) -> Value:
         """What a stage has told in a turn; waits for it."""
