@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_lwpm.partition.apply import make_layout
 from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import probe
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.record import Key, Record, Trace
 from lightning_lwpm.staging.remote import Name, Remote
@@ -78,9 +79,10 @@ def run(
     kind: type[StagedStep], model: nn.Module, layout: Layout, stage: int, last: bool, peers: Any, forward: Any
 ) -> Any:
     """One run of the step for a stage."""
-    units = [(unit, model.get_submodule(unit.name)) for unit in layout.units]
-    step = kind(stage, last, units, peers, torch.device("cpu"))
-    return (step.begin() if isinstance(step, Timed) else step), step.run(forward)
+    interception = Interception([(unit, model.get_submodule(unit.name)) for unit in layout.units])
+    step = kind(stage, last, interception, peers, torch.device("cpu"))
+    with interception.batch():
+        return (step.begin() if isinstance(step, Timed) else step), step.run(forward)
 
 
 def measure(model: nn.Module, forward: Callable[[], Any], stages: int, repeat: int) -> list[dict[str, float]]:

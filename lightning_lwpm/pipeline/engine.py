@@ -21,6 +21,7 @@ from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.batch_norm import DeferredBatchNorm
 from lightning_lwpm.staging.compiled import CompiledUnits
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.randomness import TorchRandom
@@ -108,13 +109,16 @@ class Engine:
             self._around.insert(0, random)
         if deferred_batch_norm:
             self._around.insert(0, DeferredBatchNorm(root))
+        interception = Interception(units)
+        if units:
+            self._around.append(interception)
         if self.stages:
             self.executor = Executor(
                 mailbox,
                 found,
                 self._postings,
                 layout.num_stages,
-                units,
+                interception,
                 self._versions,
                 device,
                 seed,

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_lwpm.pipeline.exchange import Exchange, Item
 from lightning_lwpm.pipeline.mailbox import Mailbox
@@ -14,8 +13,8 @@ from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
-from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.step import Peers, StagedStep
@@ -32,7 +31,7 @@ class Executor:
         exchanges: The dealings of each stage with the others; empty where there is only one stage.
         postings: The order of this rank's receives.
         num_stages: Number of stages.
-        units: The units of the layout, with their modules.
+        interception: Brings steps the calls of units; in place for the time of a batch.
         versions: What each stage has a version of its own of.
         device: Where these stages compute.
         seed: Of Python's and NumPy's generators, alike on all ranks.
@@ -53,7 +52,7 @@ class Executor:
         exchanges: Mapping[int, Exchange],
         postings: Postings,
         num_stages: int,
-        units: Sequence[tuple[Unit, nn.Module]],
+        interception: Interception,
         versions: Versions,
         device: torch.device,
         seed: int,
@@ -63,7 +62,7 @@ class Executor:
         layers: LayerRandom | None = None,
     ) -> None:
         self.mailbox, self.exchanges, self.postings = mailbox, exchanges, postings
-        self.num_stages, self.units, self.versions = num_stages, list(units), versions
+        self.num_stages, self.interception, self.versions = num_stages, interception, versions
         self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
         self.random, self.layers = random, layers
         self.step: StagedStep | None = None
@@ -145,7 +144,7 @@ class Executor:
         def run(peers: Peers) -> Any:
             """The stage's part of the step; in its backward pass once more, if it is computed again."""
             before = self.step, self.at_last
-            step = StagedStep(stage, last, self.units, peers, self.device, self.layers)
+            step = StagedStep(stage, last, self.interception, peers, self.device, self.layers)
             self.step, self.at_last = step, last
             steps.append(step)
             try:

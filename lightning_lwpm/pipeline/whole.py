@@ -21,6 +21,7 @@ from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.flight import Arrival, join, tell
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import from_wire, to_wire
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.randomness import TorchRandom, put_python, python_state
 from lightning_lwpm.staging.record import Key, Record, Trace, version
@@ -49,7 +50,7 @@ class Whole:
     def __init__(self, mailbox: Mailbox, root: nn.Module, layout: Layout, device: torch.device) -> None:
         self.mailbox, self.device, self.ranks = mailbox, device, layout.ranks
         self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else -1
-        self.units = [(unit, root.get_submodule(unit.name)) for unit in layout.units]
+        self.interception = Interception([(unit, root.get_submodule(unit.name)) for unit in layout.units])
         self.random = TorchRandom(0, 0, device)
         self.step: WholeStep | None = None
         self._serial = 0
@@ -67,10 +68,10 @@ class Whole:
             What it returned; tensors of other ranks are remote, until the next step.
         """
         self._serial += 1
-        whole = WholeStep(self.stage, self.mailbox.rank == 0, self.units, self.device)
+        whole = WholeStep(self.stage, self.mailbox.rank == 0, self.interception, self.device)
         turns = self._turns = whole.peers = _Turns(self, whole, self._serial, accumulated)
         self.step = whole
-        with self.mailbox.guarded(lambda: "the step"):
+        with self.mailbox.guarded(lambda: "the step"), self.interception.batch():
             turns.begin()
             out = whole.run(step)
             whole.turn(_NOBODY)

@@ -1,4 +1,4 @@
-"""Puts a step between a model and what it calls: the ``forward`` of units, and autograd functions between layers.
+"""Puts steps between a model and what it calls: the ``forward`` of units, and autograd functions between layers.
 
 What torch calls itself (hooks, ``__call__``) goes on as always; afterwards the modules are as they were.
 """
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lwpm.staging.forwards import replaced
 from lightning_lwpm.staging.layout import Unit
 
-__all__ = ["intercepted"]
+__all__ = ["Interception"]
 
 
 class Interceptor(Protocol):
@@ -29,33 +29,50 @@ class Interceptor(Protocol):
         """A call of ``cls.apply``, for a subclass of ``autograd.Function``."""
 
 
-@contextmanager
-def intercepted(step: Interceptor, units: Sequence[tuple[Unit, nn.Module]]) -> Iterator[None]:
-    """Intercept within the block."""
-    apply = torch.autograd.Function.__dict__["apply"]
+class Interception:
+    """Lets the step that runs decide what calls do.
 
-    def through(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        run = apply.__get__(None, cls)
-        return run(*args, **kwargs) if step.inside else step.apply(cls, run, args, kwargs)
+    Args:
+        units: The units and their modules.
 
-    torch.autograd.Function.apply = classmethod(through)  # type: ignore[assignment, method-assign]
-    try:
-        with replaced({module: _Forward(step, unit, module) for unit, module in units}):
-            yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+    Attributes:
+        step: The step; without one everything is called as always.
+    """
+
+    def __init__(self, units: Sequence[tuple[Unit, nn.Module]]) -> None:
+        self.step: Interceptor | None = None
+        self._forwards = {module: _Forward(self, unit, module) for unit, module in units}
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """The time of a batch: to put everything in place and back for each step takes as long as a small layer."""
+        for module, stand_in in self._forwards.items():
+            stand_in.forward = module.forward
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def through(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            run, step = apply.__get__(None, cls), self.step
+            return run(*args, **kwargs) if step is None or step.inside else step.apply(cls, run, args, kwargs)
+
+        torch.autograd.Function.apply = classmethod(through)  # type: ignore[assignment, method-assign]
+        try:
+            with replaced(self._forwards):
+                yield
+        finally:
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 class _Forward:
-    """Stands in for a unit's ``forward`` while a step runs."""
+    """Stands in for a unit's ``forward``."""
 
-    def __init__(self, step: Interceptor, unit: Unit, module: nn.Module) -> None:
-        self.step, self.unit, self.module, self.forward = step, unit, module, module.forward
+    def __init__(self, interception: Interception, unit: Unit, module: nn.Module) -> None:
+        self.interception, self.unit, self.module, self.forward = interception, unit, module, module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.step.inside:
+        step = self.interception.step
+        if step is None or step.inside:
             return self.forward(*args, **kwargs)
-        return self.step.call(self.unit, self.module, self.forward, args, kwargs)
+        return step.call(self.unit, self.module, self.forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.forward

@@ -11,7 +11,7 @@ ran it has published; so a ghost call is one look-up, and no layer is ever run o
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
-from lightning_lwpm.staging.intercept import intercepted
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
@@ -58,7 +58,7 @@ class StagedStep(TorchFunctionMode):
     Args:
         stage: The stage that this rank executes.
         last: Whether it is the last one, which runs to the loss.
-        units: The units and their modules.
+        interception: Brings it the calls of units, within a batch.
         peers: Answers for the earlier stages.
         device: The device of remote tensors.
         random: Draws random numbers for each layer, if that is wanted.
@@ -72,13 +72,14 @@ class StagedStep(TorchFunctionMode):
         self,
         stage: int,
         last: bool,
-        units: Sequence[tuple[Unit, nn.Module]],
+        interception: Interception,
         peers: Peers,
         device: torch.device,
         random: LayerRandom | None = None,
     ) -> None:
         super().__init__()
-        self.stage, self.last, self.units, self.peers, self.device = stage, last, units, peers, device
+        self.stage, self.last, self.peers, self.device = stage, last, peers, device
+        self.interception = interception
         self.random = random
         self.as_written = AsWritten()
         self.reach = Reach()
@@ -92,14 +93,16 @@ class StagedStep(TorchFunctionMode):
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
-        with intercepted(self, self.units), self.as_written:
-            try:
-                with self:
-                    return step()
-            except StageExit:
-                return None
-            finally:
-                self.inside = True  # whatever runs from now on (recomputation in backward) is not the step
+        interception = self.interception
+        before, interception.step = interception.step, self
+        try:
+            with self.as_written, self:
+                return step()
+        except StageExit:
+            return None
+        finally:
+            interception.step = before
+            self.inside = True  # whatever runs from now on (recomputation in backward) is not the step
 
     # -- layers --------------------------------------------------------------------------------------------------
 

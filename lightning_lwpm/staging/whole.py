@@ -12,7 +12,7 @@ one's part of the autograd graph, also where both are of the same rank: so a bac
 once, latest first, as it does on one device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.functions import HOOKS, RANDOM, VALUES
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
 from lightning_lwpm.staging.record import Key, Record, observe, version
@@ -66,7 +67,7 @@ class WholeStep(StagedStep):
     Args:
         stage: What this rank runs; -1 for a rank that runs no layer.
         last: Whether it is the one that reports.
-        units: The units and their modules.
+        interception: Brings it the calls of units.
         device: The device of remote tensors.
 
     Attributes:
@@ -77,8 +78,8 @@ class WholeStep(StagedStep):
 
     peers: Others  # type: ignore[assignment]  # set by whoever answers
 
-    def __init__(self, stage: int, last: bool, units: Sequence[tuple[Unit, nn.Module]], device: torch.device) -> None:
-        super().__init__(stage, last, units, None, device)  # type: ignore[arg-type]
+    def __init__(self, stage: int, last: bool, interception: Interception, device: torch.device) -> None:
+        super().__init__(stage, last, interception, None, device)  # type: ignore[arg-type]
         self.segment = 0
         self.made: dict[int, Made] = {}
         self.by_name: dict[Name, Made] = {}

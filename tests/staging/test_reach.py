@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.step import StagedStep
 
@@ -27,9 +28,11 @@ def kept(step: Callable[[nn.Module, Tensor], Any]) -> set[tuple[str, int]]:
     """What stage 0 keeps of a step: (layer, function after it)."""
     model = nn.ModuleDict({"first": nn.Identity(), "last": nn.Identity()})
     units = [(Unit(name, (stage,)), model[name]) for stage, name in enumerate(model)]
-    run = StagedStep(0, False, units, Nobody(), torch.device("cpu"))
+    interception = Interception(units)
+    run = StagedStep(0, False, interception, Nobody(), torch.device("cpu"))
     x = torch.ones(WIDTH, requires_grad=True)
-    run.run(lambda: step(model, x))
+    with interception.batch():
+        run.run(lambda: step(model, x))
     return {(name.unit, name.index) for name in run.reach.tensors}
 
 
