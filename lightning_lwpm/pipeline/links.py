@@ -11,7 +11,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from lightning_lwpm.pipeline.forks import guard
-from lightning_lwpm.pipeline.sockets import shut
+from lightning_lwpm.pipeline.sockets import shut, within_host
 
 __all__ = ["Links"]
 
@@ -33,6 +33,7 @@ class Links:
         farewells: Ranks that have come to the end of their program.
         gone: Ranks from which nothing more comes.
         closing: Whether this rank is at its end.
+        near: Ranks that are known to be on this host.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Links:
         self.farewells: set[int] = set()
         self.gone: set[int] = set()
         self.closing = False
+        self.near = {peer for peer, connection in peers.items() if within_host(connection)}
         self._changed, self._deliver, self._lost = changed, deliver, lost
         self._locks = {peer: threading.Lock() for peer in peers}
         self._threads = [

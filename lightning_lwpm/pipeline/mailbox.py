@@ -326,7 +326,7 @@ class Mailbox:
     def _lost(self, source: int) -> None:
         message = (
             f"{self.names[source]} died without a word: its process was killed (out of memory?), crashed, or called "
-            "`os._exit`"
+            f"`os._exit`{'' if source in self._links.near else ', or its host cannot be reached any more'}"
         )
         if self._alarm.ring(message, PipelineError, self.label) and not self.resting:
             # at once: Lightning kills the main process as soon as it sees that a child has died

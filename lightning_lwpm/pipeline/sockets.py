@@ -6,7 +6,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-__all__ = ["keep_alive", "own_address", "own_host", "send_at_once", "shut"]
+__all__ = ["keep_alive", "own_address", "own_host", "send_at_once", "shut", "within_host"]
 
 
 def shut(connection: Connection, how: int) -> None:
@@ -37,6 +37,12 @@ def send_at_once(connection: Connection) -> None:
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as view:
         view.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def within_host(connection: Connection) -> bool:
+    """Whether a connection is one within a host, of a kind that there is only there."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as view:
+        return view.family != socket.AF_INET
 
 
 def own_address() -> str:

@@ -1,14 +1,16 @@
 """Ranks of one host and of several meet, and train alike."""
 
+import os
 import socket
 from typing import Any
 
 import pytest
 import torch
-from harness import train_pipelined, train_single
+from harness import connect, train_pipelined, train_single
 from pool import Pool
 from torch import nn
 
+from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline import mailbox, meeting
 
 
@@ -58,3 +60,25 @@ def test_hosts(pool: Pool, hosts: list[str], family: int) -> None:
         assert families == {family}
         for found, right in zip(gradients, expected, strict=True):
             assert found and all(torch.equal(gradient, right[name]) for name, gradient in found.items())
+
+
+def bereft(rank: int, world: int, hosts: list[str]) -> str:
+    """What rank 0 hears of the death of rank 1."""
+    host, meeting.own_host = meeting.own_host, lambda: (hosts[rank],)
+    try:
+        mailbox, _ = connect(rank, world)
+    finally:
+        meeting.own_host = host
+    mailbox.gather("all here", None)
+    if rank == 1:
+        os._exit(3)
+    with pytest.raises(PipelineError) as caught:
+        mailbox.take("never", None, "what never comes")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("hosts", [["a", "a"], ["a", "b"]], ids=["one", "two"])
+def test_a_host_may_be_out_of_reach(pool: Pool, hosts: list[str]) -> None:
+    (_, text), _ = pool.outcomes(2, bereft, hosts, keep=True, timeout=30)
+    assert "rank 1 died without a word" in text
+    assert ("its host" in text) == (hosts == ["a", "b"])
