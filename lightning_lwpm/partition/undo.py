@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lwpm.staging.contents import containers, content_of, fill
 from lightning_lwpm.staging.tree import tensors
 
 __all__ = ["generators_kept", "undone"]
+
+_LARGE = 256 << 20
+"""A tensor of more bytes in a list or an object, such as a whole dataset, is not copied and not put back."""
 
 
 @contextmanager
@@ -44,6 +47,9 @@ def undone(root: nn.Module, outside: Sequence[nn.Module] = ()) -> Any:
     modules = list(dict.fromkeys(module for top in (root, *outside) for module in top.modules()))
     buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
     attributes = [(module, {k: (v, _saved(v)) for k, v in _plain(module).items()}) for module in modules]
+    inside = [(c, content_of(c)) for c in containers(v for _, plain in attributes for v, _ in plain.values()).values()]
+    small = {id(t): t for _, values in inside for t in tensors(values) if type(t) is Tensor and t.nbytes <= _LARGE}
+    contained = [(tensor, tensor.detach().clone()) for tensor in small.values()]
     children = [(module, dict(module._modules)) for module in modules]
     gradients = [(p, p.grad, p.requires_grad) for p in root.parameters()]
 
@@ -67,9 +73,14 @@ def undone(root: nn.Module, outside: Sequence[nn.Module] = ()) -> Any:
         for module, plain in attributes:
             for key in set(_plain(module)) - set(plain):
                 del module.__dict__[key]
-            for key, (value, saved) in plain.items():
-                module.__dict__[key] = _put_back(value, saved)
+            module.__dict__.update((key, value) for key, (value, _) in plain.items())
+        for container, content in inside:
+            fill(container, content)
         with torch.no_grad():
+            stored_here = [(v, saved) for _, plain in attributes for v, saved in plain.values() if type(v) is Tensor]
+            for tensor, saved in stored_here + contained:
+                if tensor.shape == saved.shape:
+                    tensor.copy_(saved)
             for name, buffer in root.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
@@ -84,8 +95,8 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 
 def _saved(value: Any) -> Any:
-    """What is needed to undo changes inside ``value``."""
-    if type(value) in (list, dict, set, OrderedDict):  # hooks are kept in ordered dictionaries
+    """What is needed to notice and undo changes inside ``value``."""
+    if type(value) in (list, dict):
         return value.copy()
     return value.detach().clone() if type(value) is Tensor else None
 
@@ -97,16 +108,3 @@ def _same(value: Any, before: Any, saved: Any) -> bool:
     if type(value) in (list, dict):
         return len(value) == len(saved) and all(a is b for a, b in zip(tensors(value), tensors(saved), strict=False))
     return True
-
-
-def _put_back(value: Any, saved: Any) -> Any:
-    """Undo changes inside ``value``, which stays the same object."""
-    if type(value) is list:
-        value[:] = saved
-    elif type(value) in (dict, set, OrderedDict):
-        value.clear()
-        value.update(saved)
-    elif type(value) is Tensor and value.shape == saved.shape:
-        with torch.no_grad():
-            value.copy_(saved)
-    return value

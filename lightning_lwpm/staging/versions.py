@@ -7,24 +7,23 @@ Each stage runs the user's step from its first line, so Python code and changes 
 stage. One device runs them once a micro-batch, in order. So each stage begins a batch with what the rank has, changes
 a version of its own, and what the latest stage of the rank has made of it is what the rank has afterwards.
 
-Versioned are the attributes of modules that lie in no unit, the lists, dicts, sets and deques in them (to any depth)
-and the tensors in these, and the buffers that every rank keeps. Other objects that a step changes are not.
+Versioned are the attributes of modules that lie in no unit, the lists, dicts, sets, deques and objects of the user's
+classes in them (to any depth) and the tensors in these, and the buffers that every rank keeps.
 """
 
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lwpm.staging.contents import containers, content_of, fill
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.staging.tree import duplicate
 
 __all__ = ["NOT_STATE", "Versions"]
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 NOT_STATE = frozenset(vars(nn.Module())) - {"training"}  # parameters, children, hooks; buffers have slots of their own
 _ABSENT = object()
 
@@ -59,17 +58,15 @@ class Versions:
         self._begin()
         yield  # after a failure nothing is used any more
         for container, content in self._own[self.stages[-1]].values():
-            _fill(container, content)
+            fill(container, content)
         for (store, key), buffer in self._buffers[self.stages[-1]]:
             store[key] = buffer
         self._base, self._own, self._buffers, self._foreign = {}, {}, {}, {}
 
     def _begin(self) -> None:
-        found: dict[int, Any] = {}
-        for module in self.glue:
-            _collect([v for k, v in vars(module).items() if k not in NOT_STATE], found)
-            found[id(module.__dict__)] = module.__dict__
-        self._base = {key: (container, _content(container)) for key, container in found.items()}
+        found = containers(v for module in self.glue for k, v in vars(module).items() if k not in NOT_STATE)
+        found.update((id(module.__dict__), module.__dict__) for module in self.glue)
+        self._base = {key: (container, content_of(container)) for key, container in found.items()}
         common, held = self._slots()
         for stage in self.stages:
             copies: dict[int, Tensor] = {}
@@ -111,7 +108,7 @@ class Versions:
     def _of(self, stage: int) -> Iterator[None]:
         own = self._own[stage]
         for container, content in own.values():
-            _fill(container, content)
+            fill(container, content)
         swapped = [(slot, self._swap(slot, buffer)) for slot, buffer in self._buffers[stage]]
         hidden = [(slot, self._swap(slot, self._shell(slot))) for slot in self._foreign[stage]]
         stored = [(slot, slot[0].get(slot[1], _ABSENT)) for slot in self._attributes(stage)]
@@ -125,10 +122,10 @@ class Versions:
                     store[key] = value
             self._buffers[stage] = [((s, k), self._swap((s, k), before)) for (s, k), before in swapped]
             for number, (container, before) in self._base.items():
-                now = _content(container)
+                now = content_of(container)
                 if number in own or not _same(before, now):
                     own[number] = (container, now)
-                    _fill(container, before)
+                    fill(container, before)
 
     def _attributes(self, stage: int) -> Iterable[Slot]:
         """Where a step of this stage only stores what stands for the results of other stages."""
@@ -150,29 +147,6 @@ class Versions:
         store, key = slot
         before, store[key] = store[key], value
         return before
-
-
-def _collect(values: Iterable[Any], found: dict[int, Any]) -> None:
-    """All containers in some values."""
-    for value in values:
-        if type(value) in _CONTAINERS and id(value) not in found:
-            found[id(value)] = value
-            _collect(value.values() if isinstance(value, dict) else value, found)
-
-
-def _content(container: Any) -> Any:
-    """What a container holds, as something that later changes leave alone."""
-    return dict(container) if isinstance(container, dict) else list(container)
-
-
-def _fill(container: Any, content: Any) -> None:
-    """Give a container, which stays the same object, its content back."""
-    if not isinstance(container, dict) or list(container) != list(content):
-        container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
 
 
 def _map(content: Any, change: Any) -> Any:

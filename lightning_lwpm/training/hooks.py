@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.alone import Alone
+from lightning_lwpm.training.attributes import Attributes
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.tickets import has_tickets
@@ -51,6 +52,7 @@ class Hooks:
 
     Attributes:
         alone: The weights in hooks that only rank 0 runs.
+        attributes: What these hooks, and steps, set on modules.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Hooks:
     ) -> None:
         self.before_data = before_data
         self.alone = Alone(mailbox, module, holders)
+        self.attributes = Attributes(module)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
@@ -139,11 +142,14 @@ class Hooks:
         """On rank 0 run it, and give what it has logged and set to the others."""
         out = None
         if self.real:
+            self.attributes.watch()
             with self.alone.heard():
                 out = original(*args, **kwargs)
-            self.alone.end(_settings(self.module, self.trainer))
+            self.alone.end((_settings(self.module, self.trainer), self.attributes.changes()))
         else:
-            _adopt_settings(self.module, self.trainer, self.alone.listen("a hook of rank 0, and what it sets"))
+            settings, changes = self.alone.listen("a hook of rank 0, and what it sets")
+            _adopt_settings(self.module, self.trainer, settings)
+            self.attributes.adopt(changes)
         if not self.trainer.predicting:
             self.share_epoch()
         return out
@@ -154,7 +160,8 @@ class Hooks:
             with self.alone.unheard() if self.real else nullcontext():
                 return original(*args, **kwargs) if self.real else None
         if not self.real:
-            entries, stop = self.alone.listen("a hook of rank 0, and what it logs")
+            entries, changes, stop = self.alone.listen("a hook of rank 0, and what it logs")
+            self.attributes.adopt(changes)
             for name, value, options in entries:
                 self.module.log(name, value, **options)
             self.trainer.should_stop = stop
@@ -166,13 +173,14 @@ class Hooks:
             log(name, value, *more, **options)
             entries.append((name, value, options))
 
+        self.attributes.watch()
         self.module.__dict__["log"] = note
         try:
             with self.alone.heard():
                 out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
-        self.alone.end((sendable(entries), self.trainer.should_stop))
+        self.alone.end((sendable(entries), self.attributes.changes(), self.trainer.should_stop))
         return out
 
     @staticmethod

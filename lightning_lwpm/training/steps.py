@@ -5,7 +5,7 @@ the gradients wait in a :class:`~lightning_lwpm.training.gradients.Stash` for th
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.training.attributes import Change
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import Stash
 from lightning_lwpm.training.hooks import Hooks
@@ -103,6 +104,8 @@ class Steps:
         self._turn = 0
         self.termination = Termination(trainer, self.mailbox, interruption)
         self._begun: deque[_Pass] = deque()  # of batches to come
+        if hooks is not None:
+            hooks.attributes.ahead = overlap is not None
         self.attach(engine)
 
     def attach(self, engine: Engine) -> None:
@@ -116,6 +119,8 @@ class Steps:
         """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""
         run = self._begun.popleft() if self._begun else _Pass(self, batch, args)
         self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0)
+        if self.hooks is not None and (self.mailbox.rank == 0 or self.hooks.attributes.ahead):
+            self.hooks.attributes.watch()
         with self.book.recording():
             if skips_backward(self.trainer):
                 outputs = self.engine.evaluate(run.split, run.forward, self._fetcher(run.split), "train")
@@ -127,7 +132,8 @@ class Steps:
         if self.mailbox.rank != 0:
             return self._share(None, None, [])
         brief = mean_loss(run.losses, run.split.sizes) if run.losses else None
-        return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged())
+        changes = self.hooks.attributes.changes() if self.hooks is not None else []
+        return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged(), changes)
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
         """The batch, and what the user's step is given of a micro-batch.
@@ -157,25 +163,28 @@ class Steps:
             run.split, self.overlap.admission.step_of(ahead), run.forward, run.backward, self._fetcher(run.split)
         )
 
-    def _share(self, out: Any, brief: Any, entries: list[Entry]) -> Any:
+    def _share(self, out: Any, brief: Any, entries: list[Entry], changes: Sequence[Change] = ()) -> Any:
         """Give what rank 0 has of a batch to every rank, and log it there.
 
         Args:
             out: The output of the step.
             brief: What is enough of it where no callback of the user looks at it.
             entries: What it has logged.
+            changes: What it has set on modules.
         """
         self._turn += 1
         ending = self.termination.batch_ended()
         if self.mailbox.rank == 0:
             if self.mailbox.world > 1:
                 shared = out if self._outputs_wanted("on_train_batch_end") else brief
-                message = shared, sendable(entries), self.trainer.should_stop, ending
+                message = shared, sendable(entries), changes, self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
                 self._let_go(training=True)
         else:
             what = "the loss of this batch from rank 0"
-            out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
+            out, entries, changes, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
+            assert self.hooks is not None
+            self.hooks.attributes.adopt(changes, step=True)
             out = move_data_to_device(out, self.engine.device)
         self.termination.agreed = ending
         self.book.replay(entries)

@@ -1,6 +1,7 @@
 """The probe sees what a step uses and does, and leaves nothing behind."""
 
 import random
+from collections import deque
 from typing import Any
 
 import torch
@@ -12,9 +13,18 @@ from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import Probe, probe
 
 
+class Meter:
+    """An object of the user's own, which refers to itself."""
+
+    def __init__(self) -> None:
+        self.latest, self.sums = deque([0], maxlen=1), {"all": [torch.zeros(4)]}
+        self.itself = (self,)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.meter = Meter()
         self.token = nn.Parameter(torch.zeros(4))
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(3))
         self.norm = nn.BatchNorm1d(4)
@@ -25,6 +35,10 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         self.log.append(self.calls)
+        self.meter.latest.append(self.calls)
+        self.meter.sums["all"][0] += 1
+        self.meter.sums["new"] = [self.calls]
+        self.meter.new = self.calls
         self.last = x
         x = x + self.token * random.random()
         for block in self.blocks:
@@ -66,6 +80,8 @@ def test_leaves_nothing_behind() -> None:
     probe(net, lambda: net(torch.ones(3, 4)).sum())
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert (net.calls, net.log) == (0, [])
+    assert set(vars(net.meter)) == {"latest", "sums", "itself"}
+    assert net.meter.latest == deque([0]) and list(net.meter.sums) == ["all"] and not net.meter.sums["all"][0].any()
     assert {name: set(vars(module)) for name, module in net.named_modules()} == attributes
     assert {name: list(module._forward_hooks.values()) for name, module in net.named_modules()} == hooks
     assert random.getstate() == states[0]

@@ -11,6 +11,13 @@ from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.versions import Versions
 
 
+class Meter:
+    """An object of the user's own."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0, [0]
+
+
 class Model(nn.Module):
     """Of two stages; ``first`` and ``second`` lie in one each."""
 
@@ -21,6 +28,7 @@ class Model(nn.Module):
         self.seen = 0
         self.notes: dict[str, Any] = {"sums": [], "flags": set(), "latest": deque(maxlen=2)}
         self.memory = [torch.zeros(2)]
+        self.meter = Meter()
 
 
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
@@ -40,6 +48,8 @@ def change(model: Model) -> None:
     model.notes.setdefault("new", []).append(model.seen)
     model.memory[0].add_(1)
     model.common += 1
+    model.meter.total += model.seen
+    model.meter.steps.append(model.seen)
 
 
 def test_stages_change_versions_of_their_own() -> None:
@@ -55,6 +65,7 @@ def test_stages_change_versions_of_their_own() -> None:
                 assert model.seen == seen
         assert model.seen == 2 * (batch + 1)  # the latest stage has run twice
     assert model.notes == {"sums": [1, 2, 3, 4], "flags": {1, 2, 3, 4}, "latest": deque([3, 4]), "new": [1, 2, 3, 4]}
+    assert (model.meter.total, model.meter.steps) == (10, [0, 1, 2, 3, 4])
     assert model.memory[0].tolist() == model.common.tolist() == [4, 4]
     assert model.notes["sums"] is sums and model.common is common  # the same objects
 

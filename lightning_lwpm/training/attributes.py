@@ -1,0 +1,179 @@
+"""Plain attributes of modules: what the user's code sets on rank 0, which runs all of it, every rank gets.
+
+::
+
+    def training_step(self, batch, index):                  run by
+        z = self.quantizer(self.encoder(batch), self.tau)   all
+        loss = F.mse_loss(self.decoder(z), batch)           the last stage, on rank 0
+        self.seen += 1                                      rank 0: the others have left the step
+    def on_train_epoch_end(self):
+        self.tau *= 0.9                                     rank 0
+
+What has changed there goes with what rank 0 tells the others anyway, after each training batch and at the end of hooks
+that it runs alone; they have it from the next batch on.
+
+Plain are numbers, text, lists, dicts and sets of such, objects of the user's own classes that hold nothing else, and
+small tensors without a graph. (Buffers that change so are never cut off from where they are used.)
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lwpm.staging.contents import is_users
+from lightning_lwpm.staging.reach import SMALL
+from lightning_lwpm.staging.record import version
+from lightning_lwpm.staging.versions import NOT_STATE
+
+__all__ = ["Attributes", "Change"]
+
+Change = tuple[str, str, Any]
+"""The name of a module, of an attribute of it, and what that is now."""
+
+_MOST = 100
+"""What has more items is no plain value: a list that grows with each batch would be looked at, and sent, each time."""
+
+_ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, range, Enum, np.generic)
+_OF_LIGHTNING = (NOT_STATE | vars(LightningModule()).keys()) - {"training"}
+
+
+class Attributes:
+    """The plain attributes of a model on this rank.
+
+    Args:
+        module: The model, partitioned.
+
+    Attributes:
+        ahead: Whether this rank begins with batches before rank 0 has told what it has changed in those before.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self.module, self.ahead = module, False
+        self._before: dict[tuple[str, str], Any] = {}
+        self._own: set[tuple[str, str]] = set()  # what this rank's part of a step changes by itself
+
+    def watch(self) -> None:
+        """Begin: what changes from now on is told by :meth:`changes`."""
+        self._before = {key: image for key, image, _ in self._look()}
+
+    def changes(self) -> list[Change]:
+        """What has changed since :meth:`watch`."""
+        before = self._before
+        return [(*key, value) for key, image, value in self._look() if key not in before or before[key] != image]
+
+    def adopt(self, changes: Iterable[Change], step: bool = False) -> None:
+        """Take what has changed on rank 0.
+
+        Args:
+            changes: What rank 0 tells.
+            step: Whether a step has changed it. Where this rank is ahead it keeps what its own part of the step has
+                changed since :meth:`watch`, or ever: that is ahead too.
+        """
+        if step and self.ahead:
+            self._own.update((path, name) for path, name, _ in self.changes())
+        modules = dict(self.module.named_modules())
+        for path, name, value in changes:
+            if step and (path, name) in self._own:
+                continue
+            attributes = modules[path].__dict__
+            attributes[name] = _renewed(attributes.get(name), value)
+
+    def _look(self) -> Iterator[tuple[tuple[str, str], Any, Any]]:
+        """Each plain attribute: its module and name, what is equal while it stays as it is, and its value."""
+        metrics = {id(part) for each in self.module.modules() if isinstance(each, Metric) for part in each.modules()}
+        seen: dict[int, Any] = {}
+        for path, module in self.module.named_modules():
+            if id(module) in metrics:
+                continue  # what it has counted is for rank 0 to tell
+            for name, value in vars(module).items():
+                if name not in _OF_LIGHTNING and (image := _image(value, seen)) is not None:
+                    yield (path, name), image, value
+
+
+class _Seen:
+    """A tensor as it was looked at, without its values: to read them would make the host wait for an accelerator."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, version(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Seen) and self.tensor is other.tensor and self.version == other.version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _image(value: Any, seen: dict[int, Any]) -> Any:
+    """Something that is equal while a value stays as it is; ``None`` if it is not plain.
+
+    Args:
+        value: The value.
+        seen: The images of what many modules may refer to, such as a configuration, by ``id``.
+    """
+    if isinstance(value, _ATOMS):
+        return type(value), value
+    if type(value) is Tensor:
+        small = not value.requires_grad and value.layout is torch.strided and value.nbytes <= SMALL
+        return _Seen(value) if small else None
+    if id(value) not in seen:
+        try:
+            seen[id(value)] = _copy(value, [_MOST])
+        except ValueError:
+            seen[id(value)] = None
+    return seen[id(value)]
+
+
+def _copy(value: Any, room: list[int]) -> Any:
+    """A copy, to compare with.
+
+    Args:
+        value: What is copied.
+        room: How many more items it may have.
+
+    Raises:
+        ValueError: if it is not plain.
+    """
+    kind = type(value)
+    room[0] -= 1
+    if isinstance(value, _ATOMS):
+        return kind, value
+    if room[0] < 0 or "<locals>" in kind.__qualname__:  # a local class cannot be sent
+        raise ValueError
+    if isinstance(value, dict):
+        return kind, [(_copy(key, room), _copy(each, room)) for key, each in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return kind, [_copy(each, room) for each in value]
+    if isinstance(value, set | frozenset) and len(value) <= room[0] and all(isinstance(each, _ATOMS) for each in value):
+        return kind, set(value)
+    if is_users(value):
+        return kind, _copy(vars(value), room)
+    raise ValueError
+
+
+def _renewed(old: Any, new: Any) -> Any:
+    """A value as it is now: the same objects, where others may hold them too."""
+    if type(old) is not type(new):
+        return new
+    if isinstance(old, Tensor):
+        return new.to(old.device)
+    if isinstance(old, dict):
+        values = {key: _renewed(old.get(key), value) for key, value in new.items()}
+        old.clear()
+        old.update(values)
+    elif isinstance(old, list | deque):
+        old.clear()
+        old.extend(new)
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif is_users(old) and not isinstance(old, _ATOMS):
+        _renewed(vars(old), vars(new))
+    else:
+        return new
+    return old

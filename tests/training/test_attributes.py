@@ -1,0 +1,100 @@
+"""What the user's code remembers on modules is the same on every rank, though rank 0 alone may have set it."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training.modules import train_loader, val_loader
+from training.runs import Runs, same, weights
+
+
+@dataclass
+class Annealing:
+    """A schedule of the user's own, which nothing but a hook moves on."""
+
+    value: float = 1.0
+    past: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        self.past.append(self.value)
+        self.value *= 0.8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.sharpness = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x) * self.sharpness)
+
+
+class Annealed(L.LightningModule):
+    """Its first layers depend on what the end of the step, and hooks, have set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(6, 3)
+        self.annealing, self.alias = Annealing(), None
+        self.seen, self.modes, self.window = 0, {"mixed": False}, deque([0.0], maxlen=3)
+        self.scale = torch.tensor(1.0)
+        self.alias = self.annealing
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x = x * self.alias.value * self.scale + 0.01 * self.seen + self.window[-1]
+        if self.modes["mixed"]:
+            x = x.flip(0) * 0.1 + x
+        for block in self.blocks:
+            x = block(x)
+        loss = F.cross_entropy(self.head(x), y)
+        self.seen += 1
+        self.window.append(0.001 * self.seen)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.blocks[0].sharpness *= 0.9
+        self.scale = self.scale * 0.95
+
+    def on_train_epoch_end(self) -> None:
+        self.annealing.step()
+        self.modes["mixed"] = True
+        self.window.clear()
+        self.window.append(0.0)
+        self.blocks[1].eval()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.training_loss(batch))
+
+    def training_loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        for block in self.blocks:
+            x = block(x * self.annealing.value)
+        return F.cross_entropy(self.head(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def annealed(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(3)
+    module = Annealed()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 3})
+    trainer.fit(module, train_loader(20), val_loader())
+    remembered = module.seen, module.annealing, list(module.window), module.modes, module.blocks[0].sharpness
+    modes = [part.training for part in module.modules()]
+    return {"weights": weights(module), "val": trainer.callback_metrics["val"], "is": [str(remembered), modes]}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_rank_0_alone_sets_reaches_all(runs: Runs, world: int) -> None:
+    expected = runs.one(annealed)
+    for rank, found in enumerate(runs.on(world, annealed, partition=["blocks.1", "blocks.3"][: world - 1])):
+        same(expected, found, f"rank {rank} of {world}")
