@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.contents import containers, content_of, fill
 from lightning_lwpm.staging.forwards import replaced
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.randomness import python_random, python_state
@@ -135,7 +136,7 @@ def again(
 
     Args:
         function: Called with ``args`` and ``kwargs``.
-        modules: What it may change: their buffers, attributes, and what lists and dicts among these hold.
+        modules: What it may change: their buffers, attributes, and what lists, dicts and objects among these hold.
         args: Kept for the second call.
         kwargs: The same.
         to_its_end: Whether the second call may not be left by an exception once all is there.
@@ -207,7 +208,7 @@ class _State:
             {k: _Buffer(b, version(b), b.detach().clone()) for k, b in module._buffers.items() if b is not None}
             for module in modules
         ]
-        self.attributes = [_attributes(module) for module in modules]
+        self.attributes = _Attributes(modules)
         self.random = python_state()
 
     def let_go(self) -> None:
@@ -222,41 +223,41 @@ class _State:
     @contextmanager
     def back(self) -> Iterator[None]:
         """The modules as they were; afterwards they are as before."""
-        now = [_attributes(module) for module in self.modules]
+        now = _Attributes(self.modules)
         held = [dict(module._buffers) for module in self.modules]
         with python_random(self.random):
             try:
-                for module, buffers, attributes in zip(self.modules, self.buffers, self.attributes, strict=True):
+                for module, buffers in zip(self.modules, self.buffers, strict=True):
                     # by replacement: whatever holds the buffers themselves sees no change
                     module._buffers.update({key: buffer.again() for key, buffer in buffers.items()})
-                    _put(module, attributes)
+                self.attributes.put()
                 yield
             finally:
-                for module, before, attributes in zip(self.modules, held, now, strict=True):
+                for module, before in zip(self.modules, held, strict=True):
                     module._buffers.update(before)
-                    _put(module, attributes)
+                now.put()
 
 
-Attributes = dict[str, tuple[Any, Any]]
-"""By name: an attribute, and what it holds if it is a container."""
+class _Attributes:
+    """Attributes of modules as they are now, and what is in them.
 
+    Args:
+        modules: The modules.
+    """
 
-def _attributes(module: nn.Module) -> Attributes:
-    return {key: (value, _content(value)) for key, value in vars(module).items() if key not in _LEFT_ALONE}
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.plain = [(m, {k: v for k, v in vars(m).items() if k not in _LEFT_ALONE}) for m in modules]
+        found = containers(value for _, plain in self.plain for value in plain.values())
+        self.inside = [(container, content_of(container)) for container in found.values()]
 
-
-def _content(value: Any) -> Any:
-    return value.copy() if type(value) in (list, dict, set) else None
-
-
-def _put(module: nn.Module, attributes: Attributes) -> None:
-    for key in [key for key in vars(module) if key not in _LEFT_ALONE and key not in attributes]:
-        del module.__dict__[key]
-    for key, (value, content) in attributes.items():
-        if content is not None:
-            value.clear()
-            value.extend(content) if type(value) is list else value.update(content)
-        module.__dict__[key] = value
+    def put(self) -> None:
+        """Let them be so again."""
+        for module, plain in self.plain:
+            for key in [key for key in vars(module) if key not in _LEFT_ALONE and key not in plain]:
+                del module.__dict__[key]
+            module.__dict__.update(plain)
+        for container, content in self.inside:
+            fill(container, content)
 
 
 class _Pristine:
@@ -279,6 +280,7 @@ class _Pristine:
         key = (remote.stage, remote.label)
         if key not in self._given:
             tensor = self.peers.value(remote)
-            # elements that share a place cannot be changed in place
-            self._given[key] = tensor if 0 in tensor.stride() else tensor.clone()
+            with torch.enable_grad():  # the first to ask may be code without gradients, and others may ask later
+                # elements that share a place cannot be changed in place
+                self._given[key] = tensor if 0 in tensor.stride() else tensor.clone()
         return self._given[key]

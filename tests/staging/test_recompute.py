@@ -1,6 +1,7 @@
 """What is computed again draws the same numbers, and changes nothing a second time."""
 
 import random
+from collections import deque
 from typing import Any
 
 import pytest
@@ -9,6 +10,18 @@ from torch import Tensor, nn
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.recompute import Recompute, again, layers_of
+
+
+class Meter:
+    """An object of the user's own."""
+
+    def __init__(self) -> None:
+        self.total, self.latest = 0, deque(maxlen=2)
+
+    def update(self, value: int) -> float:
+        self.latest.append(value)
+        self.total += sum(self.latest)
+        return 1 / self.total
 
 
 class Block(nn.Module):
@@ -21,11 +34,13 @@ class Block(nn.Module):
         self.register_buffer("constant", torch.ones(4))
         self.calls = 0
         self.seen: list[int] = []
+        self.meter = Meter()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls = self.calls + 1
         self.seen.append(self.calls)
         y = self.dropout(self.norm(self.inner(x).tanh())) * self.constant * self.calls
+        y = y * self.meter.update(self.calls)
         return self.outer(y) * random.random() if random.random() < 0.5 else self.outer(y.sin())
 
 
@@ -52,7 +67,7 @@ def train(mode: str, device: str = "cpu") -> dict[str, Any]:
         "losses": losses,
         "gradients": [p.grad for p in root.parameters()],
         "buffers": list(root.buffers()),
-        "counts": [(block.calls, block.seen) for block in root.blocks],
+        "counts": [(block.calls, block.seen, block.meter.total, block.meter.latest) for block in root.blocks],
         "next": (random.random(), torch.rand(1)),
     }
 

@@ -74,6 +74,33 @@ def test_a_batch_that_is_changed_in_place_is_changed_once(pool: Pool, mode: str)
     compare(expected, pool.run(2, run, Residual, centred, pairs(), 4, "gpipe"))
 
 
+class Teacher(nn.Module):
+    """What an earlier stage has made is used without gradients first, and with them later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x).tanh()
+        with torch.no_grad():
+            aim = self.layers[1](x)
+        x = self.layers[2](x + aim).tanh()
+        return (self.layers[3](x) - aim).square().mean()
+
+
+def direct(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x)
+
+
+@pytest.mark.parametrize("mode", ["none", "layer", "stage"])
+def test_the_first_use_may_be_without_gradients(pool: Pool, mode: str) -> None:
+    batches = [torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = train_single(Teacher, direct, batches, 2, sgd)
+    arguments = (Teacher, direct, batches, 2, "1f1b", ["layers.1", "layers.3"], sgd, None, mode)
+    compare(expected, pool.run(3, train_pipelined, *arguments, timeout=40))
+
+
 class Blocks(nn.Module):
     """Dropout, BatchNorm and a counter in each of several blocks."""
 
