@@ -10,21 +10,21 @@
         self.tau *= 0.9                                     rank 0
 
 What has changed there goes with what rank 0 tells the others anyway, after each training batch and at the end of hooks
-that it runs alone; they have it from the next batch on.
+that it runs alone; they have it from the next batch on. What the next micro-batch wants to know: see ``late_changes``.
 
 Plain are numbers, text, lists, dicts and sets of such, objects of the user's own classes that hold nothing else, and
 small tensors without a graph. (Buffers that change so are never cut off from where they are used.)
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_lwpm.staging.contents import is_users
@@ -52,10 +52,12 @@ class Attributes:
 
     Attributes:
         ahead: Whether this rank begins with batches before rank 0 has told what it has changed in those before.
+        late: Called with the module and the name of each attribute that a step has changed elsewhere only.
     """
 
     def __init__(self, module: LightningModule) -> None:
         self.module, self.ahead = module, False
+        self.late: Callable[[nn.Module, str], None] | None = None
         self._before: dict[tuple[str, str], Any] = {}
         self._own: set[tuple[str, str]] = set()  # what this rank's part of a step changes by itself
 
@@ -83,7 +85,10 @@ class Attributes:
             if step and (path, name) in self._own:
                 continue
             attributes = modules[path].__dict__
-            attributes[name] = _renewed(attributes.get(name), value)
+            old = attributes.get(name)
+            if step and self.late is not None and _image(old, {}) != _image(value, {}):
+                self.late(modules[path], name)
+            attributes[name] = _renewed(old, value)
 
     def _look(self) -> Iterator[tuple[tuple[str, str], Any, Any]]:
         """Each plain attribute: its module and name, what is equal while it stays as it is, and its value."""

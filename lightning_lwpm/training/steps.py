@@ -23,6 +23,7 @@ from lightning_lwpm.training.attributes import Change
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import Stash
 from lightning_lwpm.training.hooks import Hooks
+from lightning_lwpm.training.late_changes import LateChanges
 from lightning_lwpm.training.logs import Entry, LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.outputs import has_loss, loss_of, mean_loss, merge_outputs
@@ -104,8 +105,10 @@ class Steps:
         self._turn = 0
         self.termination = Termination(trainer, self.mailbox, interruption)
         self._begun: deque[_Pass] = deque()  # of batches to come
+        self._late = LateChanges(self.current, self.mailbox.label)
         if hooks is not None:
             hooks.attributes.ahead = overlap is not None
+            hooks.attributes.late = self._late.watch if count > 1 or overlap is not None else None
         self.attach(engine)
 
     def attach(self, engine: Engine) -> None:
@@ -248,6 +251,7 @@ class Steps:
     def remove(self) -> None:
         """The run has ended."""
         self.termination.remove()
+        self._late.remove()
 
     def _outputs_wanted(self, hook: str) -> bool:
         return self.hooks is not None and self.hooks.outputs_wanted(hook)

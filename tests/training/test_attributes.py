@@ -1,5 +1,6 @@
 """What the user's code remembers on modules is the same on every rank, though rank 0 alone may have set it."""
 
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,3 +99,39 @@ def test_what_rank_0_alone_sets_reaches_all(runs: Runs, world: int) -> None:
     expected = runs.one(annealed)
     for rank, found in enumerate(runs.on(world, annealed, partition=["blocks.1", "blocks.3"][: world - 1])):
         same(expected, found, f"rank {rank} of {world}")
+
+
+class Counting(Annealed):
+    """Changes two attributes at the end of its step: one is read by the first layers, one is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = self.unread = self.written = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.written = 1
+        x, y = batch
+        for block in self.blocks:
+            x = block(x + 0.01 * self.read + 0.01 * self.written)
+        loss = F.cross_entropy(self.head(x), y) + 0.01 * self.unread
+        self.read, self.unread, self.written = self.read + 1, self.unread + 1, 2
+        return loss
+
+
+def counting(kwargs: dict[str, Any]) -> Any:
+    module = Counting()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        L.Trainer(**kwargs | {"max_epochs": 1}).fit(module, train_loader(20))
+    told = [str(each.message) for each in caught if "Counting" in str(each.message)]
+    return told, (module.read, module.unread), [name for name in vars(Counting) if "read" in name]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "async"])
+def test_what_the_next_micro_batch_would_read_is_told(runs: Runs, schedule: str) -> None:
+    """Once, by the rank that reads it; with one micro-batch nothing is late but in asynchronous training."""
+    first, second = runs.on(2, counting, 2, partition=["blocks.2"], schedule=schedule)
+    assert first[0] == [] and "reads `Counting.read` on stage 0 (rank 1)" in second[0][0] and len(second[0]) == 1
+    assert first[1:] == second[1:] == ((6, 6), [])
+    if schedule == "1f1b":
+        assert not any(told for told, *_ in runs.on(2, counting, 1, partition=["blocks.2"]))
