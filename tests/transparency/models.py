@@ -98,6 +98,33 @@ class Recurrence(nn.Module):
         return self.head(state[0])
 
 
+class GatesBefore(nn.Module):
+    """Modules that use a weight and change a buffer before their first layer, at which a stage may begin."""
+
+    class Gate(nn.Module):
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.zeros(WIDTH))
+            self.gate = nn.Sigmoid()
+            self.norm = nn.LayerNorm(WIDTH)
+            if counts:
+                self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self, "count"):
+                self.count += 1
+            return self.norm(x * self.gate(self.mask) * 2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.middle, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.first, self.shared = self.Gate(True), self.Gate(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.first(self.inlet(x)))
+        return self.head(self.shared(self.middle(x).tanh()))
+
+
 class RootParameters(nn.Module):
     """Parameters that no layer holds: a class token, a table of positions, a temperature at the end."""
 
