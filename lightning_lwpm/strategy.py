@@ -255,7 +255,8 @@ class LWPMStrategy(StatefulStrategy):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
-                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again)
+                overlaps = fitting and self._asynchronous
+                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again, overlaps)
                 self._hooks.install()
                 self._join_precision()
             if self._recorder is not None:

@@ -6,7 +6,8 @@
     has changed weights of others          ------> takes the new values
     ends                                   ------> goes on
 
-The others wait in the same hook, so no weight changes meanwhile.
+The others wait in the same hook, so no weight changes meanwhile. Where they do not wait, to reach for one of theirs is
+an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.placeholder import Placeholder
@@ -38,33 +40,63 @@ class Alone:
 
     Attributes:
         active: Whether rank 0 is in such a hook; never on other ranks.
+        reached: Whether the last hook that was heard has used or changed a weight that another rank holds.
     """
 
     def __init__(self, mailbox: Mailbox, module: LightningModule, holders: Callable[[], Holders]) -> None:
         self.mailbox, self.module, self.holders = mailbox, module, holders
-        self.active = False
+        self.active = self.reached = False
         self._messages = 0
 
     @contextmanager
-    def unheard(self) -> Iterator[None]:
-        """On rank 0, around a hook in which no other rank listens."""
-        self.active = True
-        try:
+    def unheard(self, hook: str) -> Iterator[None]:
+        """On rank 0, around a hook in which no other rank listens.
+
+        Args:
+            hook: Its name.
+
+        Raises:
+            ConfigurationError: if it uses or changes a weight that another rank holds.
+        """
+
+        def refuse(name: str, *_: Any) -> Any:
+            raise ConfigurationError(
+                f"`{hook}` uses or changes '{name}', which other ranks hold. It did no such thing after the first "
+                "batch of this pass, so they do not wait for it. Let it do the same after each batch, or do it in "
+                f"`{hook.replace('batch', 'epoch')}`."
+            )
+
+        with self._reaching(refuse) as reaching:
             yield
-        finally:
-            self.active = False
+        for name, _ in self._changes(reaching):
+            refuse(name)
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         """On rank 0, around a hook in which all others :meth:`listen`; :meth:`end` has to follow."""
-        holders, named = self.holders(), dict(named_tensors(self.module))
-        reaching = _Reaching({id(tensor): name for name, tensor in named.items()}, self._fetch)
-        with self.unheard(), reaching:
+        with self._reaching(self._fetch) as reaching:
             yield
-        for name, tensor in named.items():
+        self.reached = bool(reaching.fetched)
+        for name, values in self._changes(reaching):
+            self.reached = True
+            self._tell(("changed", name, values.detach()))
+
+    @contextmanager
+    def _reaching(self, fetch: Callable[[str, torch.device], Tensor]) -> Iterator["_Reaching"]:
+        self.active = True
+        try:
+            with _Reaching({id(tensor): name for name, tensor in named_tensors(self.module)}, fetch) as reaching:
+                yield reaching
+        finally:
+            self.active = False
+
+    def _changes(self, reaching: "_Reaching") -> Iterator[tuple[str, Tensor]]:
+        """What has been written and is held by other ranks too, with its new values."""
+        holders = self.holders()
+        for name, tensor in named_tensors(self.module):
             values = reaching.fetched.get(name, tensor)
             if any(rank for rank in holders(name)) and reaching.changed(name, values):
-                self._tell(("changed", name, values.detach()))
+                yield name, values
 
     def end(self, message: Any) -> None:
         """Let the others go on.

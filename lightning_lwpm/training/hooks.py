@@ -1,10 +1,11 @@
 """The user's hooks that look at outputs or metrics run where those are real, and what they log or decide reaches all.
 
-    on_..._batch_end of the module     rank 0; in training, its logs and its decision to stop reach all at once
-    on_..._epoch_end of the module     rank 0; then logs, decisions, frozen layers, learning rates reach all
+    on_..._batch_end of the module     rank 0; in training, what it logs and sets reaches all at once; in evaluation
+                                       no rank waits for it, unless it reaches for weights of others
+    on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
 
-What rank 0 alone runs may use and change all weights: see ``alone``.
+What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
@@ -12,7 +13,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -28,6 +28,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
+from lightning_lwpm.training.settings import Settings
 from lightning_lwpm.training.tickets import has_tickets
 from lightning_lwpm.training.weights import Holders
 
@@ -48,9 +49,11 @@ class Hooks:
         mailbox: The control connections.
         holders: Gives who holds which weights now.
         before_data: Called before the training data is read.
+        ahead: Whether other ranks may have begun steps that rank 0 has not.
 
     Attributes:
         alone: The weights in hooks that only rank 0 runs.
+        settings: What such hooks, and the ends of steps, set for steps to come.
     """
 
     def __init__(
@@ -60,14 +63,16 @@ class Hooks:
         mailbox: Mailbox,
         holders: Callable[[], Holders],
         before_data: Callable[[], None],
+        ahead: bool,
     ) -> None:
         self.before_data = before_data
-        self.alone = Alone(mailbox, module, holders)
+        self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer, ahead)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
         self._example: Any = None
         self._turn = 0
+        self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
     def install(self) -> None:
         """Replace the hooks."""
@@ -127,9 +132,11 @@ class Hooks:
         self._turn += 1
         key = ("epoch", self._turn)
         if self.real:
-            self.mailbox.post_all("epoch", key, epoch_of(self.trainer))
+            self.mailbox.post_all("epoch", key, (epoch_of(self.trainer), self.settings.after_hook()))
         else:
-            adopt_epoch(self.trainer, self.mailbox.take("epoch", key, "the metrics of this epoch from rank 0"))
+            epoch, news = self.mailbox.take("epoch", key, "the metrics of this epoch from rank 0")
+            adopt_epoch(self.trainer, epoch)
+            self.settings.adopt(news)
 
     def _replace(self, name: str, run: Callable[..., Any]) -> None:
         original = getattr(self.module, name)
@@ -141,20 +148,20 @@ class Hooks:
         if self.real:
             with self.alone.heard():
                 out = original(*args, **kwargs)
-            self.alone.end(_settings(self.module, self.trainer))
+            self.alone.end(self.settings.after_hook())
         else:
-            _adopt_settings(self.module, self.trainer, self.alone.listen("a hook of rank 0, and what it sets"))
+            self.settings.adopt(self.alone.listen("a hook of rank 0, and what it sets"))
         if not self.trainer.predicting:
             self.share_epoch()
         return out
 
     def _batch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run it on rank 0; in training, what it logs reaches the others at once."""
+        """Run it on rank 0; in training, what it logs and sets reaches the others at once."""
         if not self.trainer.training:
-            with self.alone.unheard() if self.real else nullcontext():
-                return original(*args, **kwargs) if self.real else None
+            return self._evaluation_batch_end(original, *args, **kwargs)
         if not self.real:
-            entries, stop = self.alone.listen("a hook of rank 0, and what it logs")
+            entries, stop, news = self.alone.listen("a hook of rank 0, and what it logs and sets")
+            self.settings.adopt(news)
             for name, value, options in entries:
                 self.module.log(name, value, **options)
             self.trainer.should_stop = stop
@@ -172,7 +179,25 @@ class Hooks:
                 out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
-        self.alone.end((sendable(entries), self.trainer.should_stop))
+        self.alone.end((sendable(entries), self.trainer.should_stop, self.settings.after_hook()))
+        return out
+
+    def _evaluation_batch_end(
+        self, original: Callable[..., Any], outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> Any:
+        """Run it on rank 0. Whether others wait for it, as it uses or changes their weights, the first batch shows."""
+        heard = self._heeded or batch_idx == 0
+        if not self.real:
+            if heard:
+                self._heeded = self.alone.listen("a hook of rank 0")
+            return None
+        if not heard:
+            with self.alone.unheard(original.__name__):
+                return original(outputs, batch, batch_idx, *args)
+        with self.alone.heard():
+            out = original(outputs, batch, batch_idx, *args)
+        self._heeded = self.alone.reached or (self._heeded and batch_idx > 0)
+        self.alone.end(self._heeded)
         return out
 
     @staticmethod
@@ -227,24 +252,6 @@ class _BeforeCallbacks(Callback):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.copy(self)
-
-
-def _settings(module: LightningModule, trainer: Trainer) -> tuple[list[bool], list[list[dict[str, Any]]]]:
-    """What a hook may have set that decides on the steps to come: frozen parameters, options of optimizers."""
-    groups = [
-        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        for optimizer in trainer.optimizers
-    ]
-    return [parameter.requires_grad for parameter in module.parameters()], groups
-
-
-def _adopt_settings(module: LightningModule, trainer: Trainer, settings: Any) -> None:
-    trainable, optimizers = settings
-    for parameter, requires_grad in zip(module.parameters(), trainable, strict=True):
-        parameter.requires_grad_(requires_grad)
-    for optimizer, groups in zip(trainer.optimizers, optimizers, strict=True):
-        for group, options in zip(optimizer.param_groups, groups, strict=False):
-            group.update(options)
 
 
 _filter_on_optimizer = BaseFinetuning.filter_on_optimizer

@@ -168,14 +168,17 @@ class Steps:
         self._turn += 1
         ending = self.termination.batch_ended()
         if self.mailbox.rank == 0:
-            if self.mailbox.world > 1:
+            if self.hooks is not None:
                 shared = out if self._outputs_wanted("on_train_batch_end") else brief
-                message = shared, sendable(entries), self.trainer.should_stop, ending
+                news = self.hooks.settings.after_step()
+                message = shared, sendable(entries), self.trainer.should_stop, ending, news
                 self.mailbox.post_all("step", self._turn, message)
                 self._let_go(training=True)
         else:
             what = "the loss of this batch from rank 0"
-            out, entries, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
+            out, entries, self.trainer.should_stop, ending, news = self.mailbox.take("step", self._turn, what)
+            assert self.hooks is not None
+            self.hooks.settings.adopt(news)
             out = move_data_to_device(out, self.engine.device)
         self.termination.agreed = ending
         self.book.replay(entries)

@@ -291,6 +291,88 @@ def test_hooks_that_rank_0_runs_alone_use_and_change_all_weights(runs: Runs) -> 
     alike(runs, teaching, worlds=(2, 3))
 
 
+class Setting(Classifier):
+    """The end of a step, and hooks that rank 0 runs, set what decides on steps to come, on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.so_far, self.centre, self.told = 1.0, torch.zeros(()), [0.0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.so_far - self.centre + self.told[-1] + getattr(self.inlet, "shift", 0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.so_far = 0.9 * self.so_far + 0.1 * float(loss.detach())
+        self.centre = self.centre + 0.1 * loss.detach()
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1 * self.so_far, gradient_clip_algorithm="norm")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.optimizers().param_groups[0]["lr"] *= self.so_far
+        self.told.append(float(outputs["loss"]))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.latest = float(super().validation_step(batch, batch_idx))
+        return self.latest
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.inlet.shift = self.latest
+
+
+def setting(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Setting()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2})
+    trainer.fit(module, train_loader(20), val_loader())
+    return metrics(trainer), weights(module), module.so_far, module.told
+
+
+def test_what_rank_0_alone_sets_reaches_every_rank(runs: Runs) -> None:
+    alike(runs, setting, worlds=(3,))
+
+
+class Evaluating(Classifier):
+    """Weights and counts that are changed after batches of evaluation, first or later ones."""
+
+    def __init__(self, later: bool = False) -> None:
+        super().__init__()
+        self.later = later
+        self.register_buffer("count", torch.zeros(()))
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx or not self.later:
+            self.inlet.weight.data.mul_(0.9).add_(outputs * self.inlet.weight.norm() * 0.01)
+            self.count += len(batch[0])
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.blocks[0][0].bias.data.add_(outputs.mean(0)[0] * self.head.bias.data[0])
+
+
+def evaluating(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Evaluating()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(module, train_loader(20), val_loader())
+    trainer.predict(module, val_loader(), return_predictions=False)
+    return metrics(trainer), weights(module)
+
+
+def evaluating_later(kwargs: dict[str, Any]) -> None:
+    L.Trainer(**kwargs | {"max_epochs": 1}).validate(Evaluating(later=True), val_loader())
+
+
+def test_weights_change_after_batches_of_evaluation(runs: Runs) -> None:
+    alike(runs, evaluating, worlds=(3,))
+    with pytest.raises(
+        WorkerError, match=r"`on_validation_batch_end` uses or changes 'inlet.weight'.*after each batch"
+    ):
+        runs.on(2, evaluating_later)
+
+
 class Saving(Classifier):
     def on_train_epoch_end(self) -> None:
         self.trainer.save_checkpoint("never.ckpt")
