@@ -27,6 +27,7 @@ class Probe:
         hooked: Modules with forward hooks that do something with what they are given.
         sizes: Parameter or buffer name -> its bytes, and the bytes of its gradient (0 if it has none).
         segments: The layer calls as they can be run by themselves, one each.
+        written: The parameters that the step itself changes.
     """
 
     timeline: Timeline
@@ -37,6 +38,7 @@ class Probe:
     hooked: tuple[str, ...] = ()
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
+    written: tuple[str, ...] = ()
 
 
 def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:
@@ -56,7 +58,14 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
     timeline = Timeline(
         _layer_calls(root, recorder, layers, parameters, counter),
         _bytes_alive(flows, len(layers.calls)),
-        _allowed(recorder, layers, [where for name, where in buffers.items() if name in changed]),
+        _allowed(
+            recorder,
+            layers,
+            [
+                *(where for name, where in buffers.items() if name in changed),
+                *(where for name, where in parameters.items() if name in recorder.written),
+            ],
+        ),
         flows,
     )
     tensors = [*root.named_parameters(), *root.named_buffers()]
@@ -67,6 +76,7 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
         buffers,
         sizes={n: (_bytes(t), _bytes(t) if t.requires_grad else 0) for n, t in tensors},
         segments=tuple(cut(root, recorder.operations, layers.at, len(layers.calls))),
+        written=tuple(name for name in parameters if name in recorder.written),
     )
 
 
@@ -145,7 +155,7 @@ def _spans(calls: Iterable[Call], layers: _Layers) -> dict[str, tuple[tuple[int,
 def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int, ...]]) -> tuple[bool, ...]:
     """Where a stage may begin."""
     allowed = [True] * len(layers.calls)
-    for where in histories:  # a running statistic has one history: its uses stay in one stage
+    for where in histories:  # a running statistic, or a running mean of weights, has one history, in one stage
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     for region in recorder.regions:  # what is recomputed as a whole is computed as a whole

@@ -82,7 +82,9 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         finally:
             for handle in handles:
                 handle.remove()
+            recorder.undo_writes()
         changed = {n for n, b in root.named_buffers() if n in versions and (id(b), b._version) != versions[n]}
+        changed |= recorder.written.keys() & versions.keys()
         attributes = tuple((n, key) for n, key in stored() if n and id(root.get_submodule(n)) not in apart)
     if not calls:
         raise ConfigurationError(

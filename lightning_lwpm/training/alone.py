@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import to_device
+from lightning_lwpm.staging.functions import written
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.placement import named_tensors
-from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.staging.tree import map_tensors
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Alone"]
@@ -159,10 +160,8 @@ class _Reaching(TorchDispatchMode):
         out = func(*real_args, **real_kwargs)
         if not func._schema.is_mutable:
             return out
-        for number, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = real_args[number] if number < len(real_args) else real_kwargs.get(argument.name)
-                self._written.update(_storage(t) for t in tensors(written) if not isinstance(t, Placeholder))
+        changed = written(func, real_args, real_kwargs)
+        self._written.update(_storage(tensor) for tensor in changed if not isinstance(tensor, Placeholder))
         return args[0] if args and isinstance(args[0], Placeholder) and isinstance(out, Tensor) else out
 
     def changed(self, name: str, values: Tensor) -> bool:

@@ -23,6 +23,7 @@ from models import (
     Late,
     LayerDrop,
     Mixture,
+    Momentum,
     MultiTask,
     Normed,
     Permuted,
@@ -201,6 +202,7 @@ CASES: dict[str, Case] = {
         lambda stages, count: stages > 2 and count > 1,  # the shared ones
         {2: ["first.norm"], 3: ["first.norm", "shared.norm@1"], 4: ["first.norm", "shared.norm", "shared.norm@1"]},
     ),
+    "weights that the step changes": Case(Momentum, classify, pairs),
     "root parameters": Case(RootParameters, classify, pairs),
     "batch norm": Case(Normed, classify, images),
     "batch norm, channels last": Case(partial(Normed, torch.channels_last), classify, images),

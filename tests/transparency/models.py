@@ -125,6 +125,28 @@ class GatesBefore(nn.Module):
         return self.head(self.shared(self.middle(x).tanh()))
 
 
+class Momentum(nn.Module):
+    """A second network that follows the first: the step itself changes weights, in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.slow = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)).requires_grad_(False)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.fast:
+            y = y + layer(y).tanh()
+        with torch.no_grad():
+            for layer in self.slow:
+                x = layer(x).tanh()
+        for fast, slow in zip(self.fast, self.slow, strict=False):
+            slow.weight.data = slow.weight.data * 0.9 + fast.weight.data * 0.1
+            slow.bias.data.mul_(0.9).add_(fast.bias.data, alpha=0.1)
+        return self.head(y - x)
+
+
 class RootParameters(nn.Module):
     """Parameters that no layer holds: a class token, a table of positions, a temperature at the end."""
 
