@@ -18,7 +18,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback, ThroughputMonitor
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +25,7 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.alone import Alone
+from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.settings import Settings
@@ -70,7 +70,7 @@ class Hooks:
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
-        self._example: Any = None
+        self._example: Example | None = None
         self._turn = 0
         self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
@@ -83,10 +83,7 @@ class Hooks:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
-        # summaries and loggers of graphs would run the model on it, outside any step
-        self._example, self.module.example_input_array = self.module.example_input_array, None
-        if self._example is not None:
-            rank_zero_info("`example_input_array` is not run on a partitioned model: no sizes in summaries, no graphs")
+        self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ThroughputMonitor):
@@ -99,7 +96,7 @@ class Hooks:
     def show_example(self) -> None:
         """Give the module its ``example_input_array`` back."""
         if self._example is not None:
-            self.module.example_input_array, self._example = self._example, None
+            self._example.show()
 
     def remove(self) -> None:
         """Put the hooks back."""
