@@ -2,7 +2,7 @@
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -41,7 +41,9 @@ class Probe:
     written: tuple[str, ...] = ()
 
 
-def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:
+def describe(
+    root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str], prepared: Collection[str] = ()
+) -> Probe:
     """Describe a run.
 
     Args:
@@ -49,9 +51,10 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
         recorder: Has followed the run; it has seen at least one layer.
         counter: Has counted its work.
         changed: The buffers that it changed.
+        prepared: Modules with a forward pre-hook that acts: it may use weights, and belongs to the layer before.
     """
     layers = _Layers([call for call in recorder.calls if not call.has_inner])
-    uses = _uses(root, recorder, layers)
+    uses = _uses(root, recorder, layers, prepared)
     parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
     buffers = _owned_buffers(root, recorder, layers, uses, changed)
     flows = _flows(recorder, layers)
@@ -108,16 +111,17 @@ class _Layers:
         return out
 
 
-def _uses(root: nn.Module, recorder: Recorder, layers: _Layers) -> dict[str, set[int]]:
-    """The positions that use each parameter and buffer: by a function, or as part of the layer."""
+def _uses(root: nn.Module, recorder: Recorder, layers: _Layers, prepared: Collection[str]) -> dict[str, set[int]]:
+    """The positions that use each parameter and buffer: by a function, by a hook before, or as part of the layer."""
     uses: dict[str, set[int]] = defaultdict(set)
     for name, times in recorder.used.items():
         uses[name].update(map(layers.at, times))
     names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
     for position, call in enumerate(layers.calls):
         module = root.get_submodule(call.name)
+        first = position - 1 if position and call.name in prepared else position
         for tensor in [*module.parameters(), *module.buffers()]:
-            uses[names[id(tensor)]].add(position)
+            uses[names[id(tensor)]].update(range(first, position + 1))
     return uses
 
 
@@ -155,7 +159,7 @@ def _spans(calls: Iterable[Call], layers: _Layers) -> dict[str, tuple[tuple[int,
 def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int, ...]]) -> tuple[bool, ...]:
     """Where a stage may begin."""
     allowed = [True] * len(layers.calls)
-    for where in histories:  # a running statistic, or a running mean of weights, has one history, in one stage
+    for where in histories:  # such as a running statistic, or a mean of weights, which have one history in one stage
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     for region in recorder.regions:  # what is recomputed as a whole is computed as a whole

@@ -27,6 +27,7 @@ from models import (
     MultiTask,
     Normed,
     Permuted,
+    Prepared,
     Recurrence,
     Recurrent,
     Residual,
@@ -203,6 +204,9 @@ CASES: dict[str, Case] = {
         {2: ["first.norm"], 3: ["first.norm", "shared.norm@1"], 4: ["first.norm", "shared.norm", "shared.norm@1"]},
     ),
     "weights that the step changes": Case(Momentum, classify, pairs),
+    "weights that hooks make": Case(
+        Prepared, classify, pairs, partition={2: ["layers.2"], 3: ["layers.2", "layers.4"]}
+    ),
     "root parameters": Case(RootParameters, classify, pairs),
     "batch norm": Case(Normed, classify, images),
     "batch norm, channels last": Case(partial(Normed, torch.channels_last), classify, images),

@@ -1,6 +1,7 @@
 """Small models, each of which holds one difficulty for a step that is cut into stages."""
 
 import random
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,26 @@ class Momentum(nn.Module):
             slow.weight.data = slow.weight.data * 0.9 + fast.weight.data * 0.1
             slow.bias.data.mul_(0.9).add_(fast.bias.data, alpha=0.1)
         return self.head(y - x)
+
+
+class Prepared(nn.Module):
+    """Weights that a hook makes before each call of their layer (weight and spectral normalisation)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        for layer in self.layers[1::2]:
+            nn.utils.spectral_norm(layer)
+        for layer in self.layers[2::2]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                nn.utils.weight_norm(layer)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
 
 
 class RootParameters(nn.Module):
