@@ -33,6 +33,7 @@ from lightning_lwpm.training.checks import (
     check_module,
     check_optimizers,
     warn_of_batch_norm,
+    warn_of_gradients,
 )
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import log_graphs
@@ -292,6 +293,7 @@ class LWPMStrategy(StatefulStrategy):
             self.setup_optimizers(trainer)
             if self.world_size > 1:
                 check_optimizers(self.optimizers)
+                warn_of_gradients(module, trainer.callbacks)  # type: ignore[attr-defined]
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:

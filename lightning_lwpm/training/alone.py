@@ -2,7 +2,7 @@
 
     rank 0, in a hook                              every other rank, at the same hook
     -----------------                              ----------------------------------
-    touches a weight that lives elsewhere  ------> sends it, if it is the first that holds it
+    touches a weight that lives elsewhere  ------> sends it, or its gradient, if it is the first that holds it
     has changed weights of others          ------> takes the new values
     ends                                   ------> goes on
 
@@ -10,8 +10,9 @@ The others wait in the same hook, so no weight changes meanwhile. Where they do 
 an error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.functions import written
-from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.placeholder import Placeholder, placeholder_like
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import map_tensors
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Alone"]
+
+_GRAD = ".grad"  # after a parameter's name
 
 
 class Alone:
@@ -75,7 +78,7 @@ class Alone:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """On rank 0, around a hook in which all others :meth:`listen`; :meth:`end` has to follow."""
-        with self._reaching(self._fetch) as reaching:
+        with self._gradients() as gradients, self._reaching(self._fetch, gradients) as reaching:
             yield
         self.reached = bool(reaching.fetched)
         for name, values in self._changes(reaching):
@@ -83,13 +86,31 @@ class Alone:
             self._tell(("changed", name, values.detach()))
 
     @contextmanager
-    def _reaching(self, fetch: Callable[[str, torch.device], Tensor]) -> Iterator["_Reaching"]:
+    def _reaching(
+        self, fetch: Callable[[str, torch.device], Tensor], gradients: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator["_Reaching"]:
         self.active = True
+        names = {id(tensor): name for name, tensor in [*named_tensors(self.module), *gradients.items()]}
         try:
-            with _Reaching({id(tensor): name for name, tensor in named_tensors(self.module)}, fetch) as reaching:
+            with _Reaching(names, fetch) as reaching:
                 yield reaching
         finally:
             self.active = False
+
+    @contextmanager
+    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Let there be placeholders for the gradients of other ranks, by name, where this rank has gradients."""
+        parameters = list(self.module.named_parameters())
+        lent: dict[str, Tensor] = {}
+        if any(parameter.grad is not None for _, parameter in parameters):
+            lent = {name: p for name, p in parameters if p.requires_grad and isinstance(p, Placeholder)}
+        for parameter in lent.values():
+            parameter.grad = placeholder_like(parameter.detach())
+        try:
+            yield {name + _GRAD: p.grad for name, p in lent.items() if p.grad is not None}
+        finally:
+            for parameter in lent.values():
+                parameter.grad = None
 
     def _changes(self, reaching: "_Reaching") -> Iterator[tuple[str, Tensor]]:
         """What has been written and is held by other ranks too, with its new values."""
@@ -120,9 +141,9 @@ class Alone:
             if kind == "end":
                 return value
             named = named or dict(named_tensors(self.module))
-            holders = self.holders()(name)
+            holders = self.holders()(name.removesuffix(_GRAD))
             if kind == "weight" and self.mailbox.rank == min(holders):
-                self.mailbox.post(0, "alone weight", name, named[name].detach())
+                self.mailbox.post(0, "alone weight", name, _values(named, name))
             elif kind == "changed" and self.mailbox.rank in holders:
                 named[name].data.copy_(value)  # through `data`: passes under way may have kept what was there
 
@@ -132,7 +153,7 @@ class Alone:
 
     def _fetch(self, name: str, device: torch.device) -> Tensor:
         self._tell(("weight", name, None))
-        owner = min(self.holders()(name))
+        owner = min(self.holders()(name.removesuffix(_GRAD)))
         what = f"the weights '{name}' from rank {owner}, for a hook"
         return to_device(self.mailbox.take("alone weight", name, what, source=owner), device)
 
@@ -177,9 +198,17 @@ class _Reaching(TorchDispatchMode):
             return tensor
         if name not in self.fetched:
             self.fetched[name] = self.fetch(name, tensor.device)
-            if not isinstance(tensor, torch.nn.Parameter):
+            if not isinstance(tensor, torch.nn.Parameter) and not name.endswith(_GRAD):
                 self._before[name] = self.fetched[name].clone()
         return self.fetched[name]
+
+
+def _values(named: Mapping[str, Tensor], name: str) -> Tensor:
+    """Those of a parameter or buffer, or of a gradient: zeros where there is none."""
+    if not name.endswith(_GRAD):
+        return named[name].detach()
+    parameter = named[name.removesuffix(_GRAD)]
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _storage(tensor: Tensor) -> int:

@@ -9,12 +9,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import grad_norm, rank_zero_only
 from pool import WorkerError
 from torch import nn
 from torch.utils.data import DataLoader
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
+
+from lightning_lwpm.training.checks import warn_of_gradients
 
 
 def alike(runs: Runs, scenario: Any, count: int = 1, worlds: tuple[int, ...] = (2,)) -> None:
@@ -251,7 +253,7 @@ def test_transfer_hooks_run_once(runs: Runs) -> None:
 
 
 class Teaching(Classifier):
-    """A teacher that follows, weights that are kept small, samples at the end of an epoch: in hooks, of all layers."""
+    """A teacher that follows, weights kept small, the norm of gradients, samples: in hooks, of all layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,6 +274,9 @@ class Teaching(Classifier):
             self.head.weight.clamp_(-0.2, 0.2)
             torch._foreach_mul_(list(self.inlet.parameters()), 0.99)
 
+        norms = [parameter.grad.data.norm() for parameter in self.parameters() if parameter.grad is not None]
+        self.log("gradients", torch.stack(norms).norm())
+
     def on_train_epoch_end(self) -> None:
         self.count += 1
         self.log("sampled", self(data().tensors[0]).std())  # batch normalisation counts it
@@ -289,6 +294,19 @@ def teaching(kwargs: dict[str, Any]) -> Any:
 
 def test_hooks_that_rank_0_runs_alone_use_and_change_all_weights(runs: Runs) -> None:
     alike(runs, teaching, worlds=(2, 3))
+
+
+class Norms(L.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        pl_module.log_dict(grad_norm(pl_module, 2))
+
+
+def test_hooks_that_see_a_part_of_the_gradients_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"`on_before_optimizer_step` of Norms.*`on_train_batch_end`"):
+        warn_of_gradients(Classifier(), [Norms()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_gradients(Teaching(), [Looker()])
 
 
 class Setting(Classifier):
