@@ -33,8 +33,10 @@ from lightning_lwpm.training.checks import (
     check_module,
     check_optimizers,
     warn_of_batch_norm,
+    warn_of_gradients,
 )
 from lightning_lwpm.training.data import Feed
+from lightning_lwpm.training.example import log_graphs
 from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.manual import ManualSteps
@@ -240,6 +242,8 @@ class LWPMStrategy(StatefulStrategy):
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
             self._resume_data(trainer)
             if self.is_global_zero:
+                if self.world_size > 1:
+                    log_graphs(trainer, module)
                 self._unread = generators()
             with freed_at_once() if any(map(is_lazy, module.parameters())) else nullcontext():
                 layout = self._planner.layout(trainer, module, feed, self._wish())
@@ -288,6 +292,7 @@ class LWPMStrategy(StatefulStrategy):
             self.setup_optimizers(trainer)
             if self.world_size > 1:
                 check_optimizers(self.optimizers)
+                warn_of_gradients(module, trainer.callbacks)  # type: ignore[attr-defined]
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:

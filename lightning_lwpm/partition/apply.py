@@ -25,13 +25,14 @@ def make_layout(root: nn.Module, probe: Probe, plan: PartitionPlan) -> Layout:
         return tuple(sorted({stage_of[position] for position in positions}))
 
     parameters = {name: stages(where) for name, where in probe.parameters.items()}
+    buffers = {name: stages(where) for name, where in probe.buffers.items()}
     return Layout(
         num_stages=len(plan.stages),
         units=tuple(
-            _with_attributes(u, probe) for u in units_of(root, probe.spans, stage_of, parameters, probe.hooked)
+            _with_attributes(u, probe) for u in units_of(root, probe.spans, stage_of, parameters, buffers, probe.hooked)
         ),
         parameters=parameters,
-        buffers={name: stages(where) for name, where in probe.buffers.items()},
+        buffers=buffers,
         ranks=plan.ranks,
     )
 

@@ -2,7 +2,7 @@
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Probe:
         hooked: Modules with forward hooks that do something with what they are given.
         sizes: Parameter or buffer name -> its bytes, and the bytes of its gradient (0 if it has none).
         segments: The layer calls as they can be run by themselves, one each.
+        written: The parameters that the step itself changes.
     """
 
     timeline: Timeline
@@ -37,9 +38,12 @@ class Probe:
     hooked: tuple[str, ...] = ()
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
+    written: tuple[str, ...] = ()
 
 
-def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str]) -> Probe:
+def describe(
+    root: nn.Module, recorder: Recorder, counter: Counter, changed: set[str], prepared: Collection[str] = ()
+) -> Probe:
     """Describe a run.
 
     Args:
@@ -47,16 +51,24 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
         recorder: Has followed the run; it has seen at least one layer.
         counter: Has counted its work.
         changed: The buffers that it changed.
+        prepared: Modules with a forward pre-hook that acts: it may use weights, and belongs to the layer before.
     """
     layers = _Layers([call for call in recorder.calls if not call.has_inner])
-    uses = _uses(root, recorder, layers)
+    uses = _uses(root, recorder, layers, prepared)
     parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
     buffers = _owned_buffers(root, recorder, layers, uses, changed)
     flows = _flows(recorder, layers)
     timeline = Timeline(
         _layer_calls(root, recorder, layers, parameters, counter),
         _bytes_alive(flows, len(layers.calls)),
-        _allowed(recorder, layers, [where for name, where in buffers.items() if name in changed]),
+        _allowed(
+            recorder,
+            layers,
+            [
+                *(where for name, where in buffers.items() if name in changed),
+                *(where for name, where in parameters.items() if name in recorder.written),
+            ],
+        ),
         flows,
     )
     tensors = [*root.named_parameters(), *root.named_buffers()]
@@ -67,6 +79,7 @@ def describe(root: nn.Module, recorder: Recorder, counter: Counter, changed: set
         buffers,
         sizes={n: (_bytes(t), _bytes(t) if t.requires_grad else 0) for n, t in tensors},
         segments=tuple(cut(root, recorder.operations, layers.at, len(layers.calls))),
+        written=tuple(name for name in parameters if name in recorder.written),
     )
 
 
@@ -98,16 +111,17 @@ class _Layers:
         return out
 
 
-def _uses(root: nn.Module, recorder: Recorder, layers: _Layers) -> dict[str, set[int]]:
-    """The positions that use each parameter and buffer: by a function, or as part of the layer."""
+def _uses(root: nn.Module, recorder: Recorder, layers: _Layers, prepared: Collection[str]) -> dict[str, set[int]]:
+    """The positions that use each parameter and buffer: by a function, by a hook before, or as part of the layer."""
     uses: dict[str, set[int]] = defaultdict(set)
     for name, times in recorder.used.items():
         uses[name].update(map(layers.at, times))
     names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
     for position, call in enumerate(layers.calls):
         module = root.get_submodule(call.name)
+        first = position - 1 if position and call.name in prepared else position
         for tensor in [*module.parameters(), *module.buffers()]:
-            uses[names[id(tensor)]].add(position)
+            uses[names[id(tensor)]].update(range(first, position + 1))
     return uses
 
 
@@ -145,7 +159,7 @@ def _spans(calls: Iterable[Call], layers: _Layers) -> dict[str, tuple[tuple[int,
 def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int, ...]]) -> tuple[bool, ...]:
     """Where a stage may begin."""
     allowed = [True] * len(layers.calls)
-    for where in histories:  # a running statistic has one history: its uses stay in one stage
+    for where in histories:  # such as a running statistic, or a mean of weights, which have one history in one stage
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     for region in recorder.regions:  # what is recomputed as a whole is computed as a whole

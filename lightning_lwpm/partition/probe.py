@@ -82,14 +82,17 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         finally:
             for handle in handles:
                 handle.remove()
+            recorder.undo_writes()
         changed = {n for n, b in root.named_buffers() if n in versions and (id(b), b._version) != versions[n]}
+        changed |= recorder.written.keys() & versions.keys()
+        prepared = {names[m] for m in hooked if m in names and m._forward_pre_hooks}
         attributes = tuple((n, key) for n, key in stored() if n and id(root.get_submodule(n)) not in apart)
     if not calls:
         raise ConfigurationError(
             "the step called no layer that has parameters, so there is nothing to partition: call the model's modules "
             "(not only functions of their parameters) in the step, or use `devices=1`"
         )
-    seen = describe(root, recorder, counter, changed)
+    seen = describe(root, recorder, counter, changed, prepared)
     kept = {n for n, t in every if id(t) in excluded}
     return replace(
         seen,

@@ -12,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_lwpm.staging.functions import written
 from lightning_lwpm.staging.lazy import Lazy
 from lightning_lwpm.staging.remote import is_metadata
 from lightning_lwpm.staging.tree import flatten, tensors
 
 __all__ = ["Call", "Counter", "Operation", "Recorder", "Region", "storage"]
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -67,7 +70,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, named: dict[int, str], weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.named = named  # id of parameter or buffer -> its name
-        self.weights = {storage(tensor) for tensor in weights}
+        self.weights = {storage(tensor): tensor for tensor in weights}
+        self.written: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # parameter or buffer -> it, its memory, its values
         self.clock = 0
         self.functions = 0
         self.all_functions = 0  # also those of constants
@@ -102,6 +106,19 @@ class Recorder(TorchFunctionMode):
                 self.born[key] = (self.clock, tensor.numel() * tensor.element_size())
                 self.keep.append(tensor)
 
+    def writes(self, tensor: Tensor) -> None:
+        """Note that a tensor is about to be written, if it is a parameter or buffer."""
+        weight = self.weights.get(storage(tensor))
+        name = self.named.get(id(weight))
+        if weight is not None and name is not None and name not in self.written:
+            with torch._C.DisableTorchFunction():
+                self.written[name] = weight, weight.data, weight.data.clone()
+
+    def undo_writes(self) -> None:
+        """Give parameters and buffers back the values that they had."""
+        for weight, memory, values in self.written.values():
+            weight.data = memory.copy_(values)
+
     def note(self, call: str | Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Note an operation, to be run again by itself."""
         inputs: list[Tensor] = []
@@ -126,6 +143,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self.all_functions += 1
         depends = self.touch((args, kwargs))
+        if func == _SET_DATA:
+            self.writes(args[0])
         out = func(*args, **kwargs)
         if depends:
             self.clock += 1
@@ -170,6 +189,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for tensor in written(func, args, kwargs):
+            self.recorder.writes(tensor)
         out = func(*args, **kwargs)
         now = self.recorder.clock
         formula = flop_registry.get(func._overloadpacket)

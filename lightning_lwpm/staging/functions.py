@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BACKWARD", "HOOKS", "RANDOM", "VALUES"]
+from lightning_lwpm.staging.tree import tensors
+
+__all__ = ["BACKWARD", "HOOKS", "RANDOM", "VALUES", "written"]
 
 
 def _named(namespace: Any, names: str) -> set[Any]:
@@ -36,3 +38,20 @@ HOOKS = frozenset(_named(Tensor, "register_hook retain_grad register_post_accumu
 
 BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
 """That need the whole graph in one place."""
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator writes, by its schema, which does not tell of batch normalisation.
+
+    Args:
+        func: The operator, as a dispatch mode sees it.
+        args: Its arguments.
+        kwargs: Those by name.
+    """
+    if not func._schema.is_mutable:
+        return []
+    found = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tensors(args[number] if number < len(args) else kwargs.get(argument.name))
+    return found

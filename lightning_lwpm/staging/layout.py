@@ -52,9 +52,13 @@ def units_of(
     spans: Mapping[str, tuple[tuple[int, int] | None, ...]],
     stage_of: list[int],
     parameters: Mapping[str, tuple[int, ...]],
+    buffers: Mapping[str, tuple[int, ...]],
     hooked: Collection[str] = (),
 ) -> Iterator[Unit]:
-    """Find the largest modules of which every call lies in one stage.
+    """Find the largest modules of which every call lies in one stage, with what it uses.
+
+    What a module does before its first layer belongs to the layer before: a weight that it uses there may lie in an
+    earlier stage, and then only the layers inside the module are units.
 
     A module that has not been called yet (a layer left out at random, another branch) lies where its parameters do.
 
@@ -64,9 +68,11 @@ def units_of(
             inside it; ``None`` where it made none.
         stage_of: The stage of each position of the timeline.
         parameters: The stages of each parameter.
+        buffers: The same for the buffers that belong to one stage only.
         hooked: Modules with forward hooks that act: they are not hidden inside a unit.
     """
-    names = {id(p): name for name, p in root.named_parameters()}
+    names = {id(t): name for name, t in [*root.named_parameters(), *root.named_buffers()]}
+    homes_of = {**buffers, **parameters}
     callers: dict[int, set[str]] = {}
     for name, calls in spans.items():
         for span in calls:
@@ -79,12 +85,16 @@ def units_of(
             return
         seen.add(id(module))
         calls = spans.get(name, ())
+        stages = {stage_of[span[0]] for span in calls if span}
         hiding = any(other.startswith(f"{name}.") for other in hooked)
         if (
             name
             and calls
             and not hiding
             and all(span is not None and stage_of[span[0]] == stage_of[span[1]] for span in calls)
+            and all(
+                stages.issubset(homes_of.get(names[id(t)], stages)) for t in [*module.parameters(), *module.buffers()]
+            )
         ):
             inside = {p for span in calls if span for p in range(span[0], span[1] + 1)}
             below = [n for n, child in module.named_modules(prefix=name) if n != name and n in spans]

@@ -59,7 +59,8 @@ class Placeholder(Tensor):
             if left:
                 raise ConfigurationError(_LEFT)
             raise ConfigurationError(
-                "the value of a parameter that lives on another rank of the pipeline was asked for"
+                "the value of a parameter that lives on another rank of the pipeline was asked for. A hook of the "
+                "module that rank 0 runs alone, such as `on_train_batch_end` or `on_train_epoch_end`, can use all."
             )
         device = meta_kwargs.get("device")
         if device is not None:

@@ -2,15 +2,17 @@
 
     rank 0, in a hook                              every other rank, at the same hook
     -----------------                              ----------------------------------
-    touches a weight that lives elsewhere  ------> sends it, if it is the first that holds it
+    touches a weight that lives elsewhere  ------> sends it, or its gradient, if it is the first that holds it
     has changed weights of others          ------> takes the new values
     ends                                   ------> goes on
 
-The others wait in the same hook, so no weight changes meanwhile.
+The others wait in the same hook, so no weight changes meanwhile. Where they do not wait, to reach for one of theirs is
+an error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,14 +20,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import to_device
-from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.functions import written
+from lightning_lwpm.staging.placeholder import Placeholder, placeholder_like
 from lightning_lwpm.staging.placement import named_tensors
-from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.staging.tree import map_tensors
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Alone"]
+
+_GRAD = ".grad"  # after a parameter's name
 
 
 class Alone:
@@ -38,33 +44,81 @@ class Alone:
 
     Attributes:
         active: Whether rank 0 is in such a hook; never on other ranks.
+        reached: Whether the last hook that was heard has used or changed a weight that another rank holds.
     """
 
     def __init__(self, mailbox: Mailbox, module: LightningModule, holders: Callable[[], Holders]) -> None:
         self.mailbox, self.module, self.holders = mailbox, module, holders
-        self.active = False
+        self.active = self.reached = False
         self._messages = 0
 
     @contextmanager
-    def unheard(self) -> Iterator[None]:
-        """On rank 0, around a hook in which no other rank listens."""
-        self.active = True
-        try:
+    def unheard(self, hook: str) -> Iterator[None]:
+        """On rank 0, around a hook in which no other rank listens.
+
+        Args:
+            hook: Its name.
+
+        Raises:
+            ConfigurationError: if it uses or changes a weight that another rank holds.
+        """
+
+        def refuse(name: str, *_: Any) -> Any:
+            raise ConfigurationError(
+                f"`{hook}` uses or changes '{name}', which other ranks hold. It did no such thing after the first "
+                "batch of this pass, so they do not wait for it. Let it do the same after each batch, or do it in "
+                f"`{hook.replace('batch', 'epoch')}`."
+            )
+
+        with self._reaching(refuse) as reaching:
             yield
-        finally:
-            self.active = False
+        for name, _ in self._changes(reaching):
+            refuse(name)
 
     @contextmanager
     def heard(self) -> Iterator[None]:
         """On rank 0, around a hook in which all others :meth:`listen`; :meth:`end` has to follow."""
-        holders, named = self.holders(), dict(named_tensors(self.module))
-        reaching = _Reaching({id(tensor): name for name, tensor in named.items()}, self._fetch)
-        with self.unheard(), reaching:
+        with self._gradients() as gradients, self._reaching(self._fetch, gradients) as reaching:
             yield
-        for name, tensor in named.items():
+        self.reached = bool(reaching.fetched)
+        for name, values in self._changes(reaching):
+            self.reached = True
+            self._tell(("changed", name, values.detach()))
+
+    @contextmanager
+    def _reaching(
+        self, fetch: Callable[[str, torch.device], Tensor], gradients: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator["_Reaching"]:
+        self.active = True
+        names = {id(tensor): name for name, tensor in [*named_tensors(self.module), *gradients.items()]}
+        try:
+            with _Reaching(names, fetch) as reaching:
+                yield reaching
+        finally:
+            self.active = False
+
+    @contextmanager
+    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Let there be placeholders for the gradients of other ranks, by name, where this rank has gradients."""
+        parameters = list(self.module.named_parameters())
+        lent: dict[str, Tensor] = {}
+        if any(parameter.grad is not None for _, parameter in parameters):
+            lent = {name: p for name, p in parameters if p.requires_grad and isinstance(p, Placeholder)}
+        for parameter in lent.values():
+            parameter.grad = placeholder_like(parameter.detach())
+        try:
+            yield {name + _GRAD: p.grad for name, p in lent.items() if p.grad is not None}
+        finally:
+            for parameter in lent.values():
+                parameter.grad = None
+
+    def _changes(self, reaching: "_Reaching") -> Iterator[tuple[str, Tensor]]:
+        """What has been written and is held by other ranks too, with its new values."""
+        holders = self.holders()
+        for name, tensor in named_tensors(self.module):
             values = reaching.fetched.get(name, tensor)
             if any(rank for rank in holders(name)) and reaching.changed(name, values):
-                self._tell(("changed", name, values.detach()))
+                yield name, values
 
     def end(self, message: Any) -> None:
         """Let the others go on.
@@ -87,9 +141,9 @@ class Alone:
             if kind == "end":
                 return value
             named = named or dict(named_tensors(self.module))
-            holders = self.holders()(name)
+            holders = self.holders()(name.removesuffix(_GRAD))
             if kind == "weight" and self.mailbox.rank == min(holders):
-                self.mailbox.post(0, "alone weight", name, named[name].detach())
+                self.mailbox.post(0, "alone weight", name, _values(named, name))
             elif kind == "changed" and self.mailbox.rank in holders:
                 named[name].data.copy_(value)  # through `data`: passes under way may have kept what was there
 
@@ -99,7 +153,7 @@ class Alone:
 
     def _fetch(self, name: str, device: torch.device) -> Tensor:
         self._tell(("weight", name, None))
-        owner = min(self.holders()(name))
+        owner = min(self.holders()(name.removesuffix(_GRAD)))
         what = f"the weights '{name}' from rank {owner}, for a hook"
         return to_device(self.mailbox.take("alone weight", name, what, source=owner), device)
 
@@ -127,10 +181,8 @@ class _Reaching(TorchDispatchMode):
         out = func(*real_args, **real_kwargs)
         if not func._schema.is_mutable:
             return out
-        for number, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = real_args[number] if number < len(real_args) else real_kwargs.get(argument.name)
-                self._written.update(_storage(t) for t in tensors(written) if not isinstance(t, Placeholder))
+        changed = written(func, real_args, real_kwargs)
+        self._written.update(_storage(tensor) for tensor in changed if not isinstance(tensor, Placeholder))
         return args[0] if args and isinstance(args[0], Placeholder) and isinstance(out, Tensor) else out
 
     def changed(self, name: str, values: Tensor) -> bool:
@@ -146,9 +198,17 @@ class _Reaching(TorchDispatchMode):
             return tensor
         if name not in self.fetched:
             self.fetched[name] = self.fetch(name, tensor.device)
-            if not isinstance(tensor, torch.nn.Parameter):
+            if not isinstance(tensor, torch.nn.Parameter) and not name.endswith(_GRAD):
                 self._before[name] = self.fetched[name].clone()
         return self.fetched[name]
+
+
+def _values(named: Mapping[str, Tensor], name: str) -> Tensor:
+    """Those of a parameter or buffer, or of a gradient: zeros where there is none."""
+    if not name.endswith(_GRAD):
+        return named[name].detach()
+    parameter = named[name.removesuffix(_GRAD)]
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.training.separable import is_separable
 
-__all__ = ["check_callbacks", "check_module", "check_optimizers", "warn_of_batch_norm"]
+__all__ = ["check_callbacks", "check_module", "check_optimizers", "warn_of_batch_norm", "warn_of_gradients"]
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
@@ -61,6 +61,26 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
                 "a stage that has run out of memory ends the whole pipeline. Set the batch size yourself; with "
                 "`device_memory=` the strategy says before the first step what each stage needs and what would fit."
             )
+
+
+def warn_of_gradients(module: LightningModule, callbacks: Iterable[object]) -> None:
+    """Say where hooks that every rank runs look at gradients: each rank has those of its own layers.
+
+    Args:
+        module: The user's module.
+        callbacks: Those of the trainer.
+    """
+    for place in (module, *callbacks):
+        if type(place).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm.")):
+            continue
+        for hook in ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"):
+            code = getattr(getattr(type(place), hook, None), "__code__", None)
+            if code is not None and {"grad", "grad_norm"}.intersection(code.co_names):
+                rank_zero_warn(
+                    f"`{hook}` of {type(place).__name__} looks at gradients: each rank has those of its own layers, so "
+                    "a norm over all of them is not that of one device. `on_train_batch_end` of the module has all of "
+                    "them, and clipping by the Trainer, or by `torch.nn.utils.clip_grad_norm_`, goes by all."
+                )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -87,7 +87,7 @@ class Feed:
             wrapped.__dict__.update(loader.__dict__)
         else:
             wrapped = type("Pipelined" + type(loader).__name__, (*mixins, Proxy), {})(loader)
-        wrapped.__dict__["_lwpm"] = (self, stream, [0], [])
+        wrapped.__dict__["_lwpm"], wrapped.__dict__["_lwpm_for"] = (self, stream, [0], []), loader
         return wrapped
 
     def read(self, loader: Any) -> Any:

@@ -1,10 +1,11 @@
 """The user's hooks that look at outputs or metrics run where those are real, and what they log or decide reaches all.
 
-    on_..._batch_end of the module     rank 0; in training, its logs and its decision to stop reach all at once
-    on_..._epoch_end of the module     rank 0; then logs, decisions, frozen layers, learning rates reach all
+    on_..._batch_end of the module     rank 0; in training, what it logs and sets reaches all at once; in evaluation
+                                       no rank waits for it, unless it reaches for weights of others
+    on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
 
-What rank 0 alone runs may use and change all weights: see ``alone``.
+What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
@@ -12,13 +13,11 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback, ThroughputMonitor
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -26,9 +25,10 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.alone import Alone
-from lightning_lwpm.training.attributes import Attributes
+from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
+from lightning_lwpm.training.settings import Settings
 from lightning_lwpm.training.tickets import has_tickets
 from lightning_lwpm.training.weights import Holders
 
@@ -52,7 +52,7 @@ class Hooks:
 
     Attributes:
         alone: The weights in hooks that only rank 0 runs.
-        attributes: What these hooks, and steps, set on modules.
+        settings: What such hooks, and the ends of steps, set for steps to come.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Hooks:
         before_data: Callable[[], None],
     ) -> None:
         self.before_data = before_data
-        self.alone = Alone(mailbox, module, holders)
-        self.attributes = Attributes(module)
+        self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
-        self._example: Any = None
+        self._example: Example | None = None
         self._turn = 0
+        self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
     def install(self) -> None:
         """Replace the hooks."""
@@ -81,10 +81,7 @@ class Hooks:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
-        # summaries and loggers of graphs would run the model on it, outside any step
-        self._example, self.module.example_input_array = self.module.example_input_array, None
-        if self._example is not None:
-            rank_zero_info("`example_input_array` is not run on a partitioned model: no sizes in summaries, no graphs")
+        self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ThroughputMonitor):
@@ -97,7 +94,7 @@ class Hooks:
     def show_example(self) -> None:
         """Give the module its ``example_input_array`` back."""
         if self._example is not None:
-            self.module.example_input_array, self._example = self._example, None
+            self._example.show()
 
     def remove(self) -> None:
         """Put the hooks back."""
@@ -130,9 +127,14 @@ class Hooks:
         self._turn += 1
         key = ("epoch", self._turn)
         if self.real:
-            self.mailbox.post_all("epoch", key, epoch_of(self.trainer))
+            # what steps and hooks of evaluation have set; those of training have told already
+            news = None if self.trainer.training else self.settings.news()
+            self.mailbox.post_all("epoch", key, (epoch_of(self.trainer), news))
         else:
-            adopt_epoch(self.trainer, self.mailbox.take("epoch", key, "the metrics of this epoch from rank 0"))
+            epoch, news = self.mailbox.take("epoch", key, "the metrics of this epoch from rank 0")
+            adopt_epoch(self.trainer, epoch)
+            if news is not None:
+                self.settings.adopt(news)
 
     def _replace(self, name: str, run: Callable[..., Any]) -> None:
         original = getattr(self.module, name)
@@ -142,26 +144,23 @@ class Hooks:
         """On rank 0 run it, and give what it has logged and set to the others."""
         out = None
         if self.real:
-            self.attributes.watch()
+            self.settings.watch()
             with self.alone.heard():
                 out = original(*args, **kwargs)
-            self.alone.end((_settings(self.module, self.trainer), self.attributes.changes()))
+            self.alone.end(self.settings.news())
         else:
-            settings, changes = self.alone.listen("a hook of rank 0, and what it sets")
-            _adopt_settings(self.module, self.trainer, settings)
-            self.attributes.adopt(changes)
+            self.settings.adopt(self.alone.listen("a hook of rank 0, and what it sets"))
         if not self.trainer.predicting:
             self.share_epoch()
         return out
 
     def _batch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run it on rank 0; in training, what it logs reaches the others at once."""
+        """Run it on rank 0; in training, what it logs and sets reaches the others at once."""
         if not self.trainer.training:
-            with self.alone.unheard() if self.real else nullcontext():
-                return original(*args, **kwargs) if self.real else None
+            return self._evaluation_batch_end(original, *args, **kwargs)
         if not self.real:
-            entries, changes, stop = self.alone.listen("a hook of rank 0, and what it logs")
-            self.attributes.adopt(changes)
+            entries, stop, news = self.alone.listen("a hook of rank 0, and what it logs and sets")
+            self.settings.adopt(news)
             for name, value, options in entries:
                 self.module.log(name, value, **options)
             self.trainer.should_stop = stop
@@ -173,14 +172,32 @@ class Hooks:
             log(name, value, *more, **options)
             entries.append((name, value, options))
 
-        self.attributes.watch()
+        self.settings.watch()
         self.module.__dict__["log"] = note
         try:
             with self.alone.heard():
                 out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
-        self.alone.end((sendable(entries), self.attributes.changes(), self.trainer.should_stop))
+        self.alone.end((sendable(entries), self.trainer.should_stop, self.settings.news()))
+        return out
+
+    def _evaluation_batch_end(
+        self, original: Callable[..., Any], outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> Any:
+        """Run it on rank 0. Whether others wait for it, as it uses or changes their weights, the first batch shows."""
+        heard = self._heeded or batch_idx == 0
+        if not self.real:
+            if heard:
+                self._heeded = self.alone.listen("a hook of rank 0")
+            return None
+        if not heard:
+            with self.alone.unheard(original.__name__):
+                return original(outputs, batch, batch_idx, *args)
+        with self.alone.heard():
+            out = original(outputs, batch, batch_idx, *args)
+        self._heeded = self.alone.reached or (self._heeded and batch_idx > 0)
+        self.alone.end(self._heeded)
         return out
 
     @staticmethod
@@ -226,6 +243,14 @@ class _BeforeCallbacks(Callback):
         self.hooks.share_epoch()
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.settings.watch()
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.settings.watch()
+
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.hooks.share_epoch()
 
@@ -235,24 +260,6 @@ class _BeforeCallbacks(Callback):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.copy(self)
-
-
-def _settings(module: LightningModule, trainer: Trainer) -> tuple[list[bool], list[list[dict[str, Any]]]]:
-    """What a hook may have set that decides on the steps to come: frozen parameters, options of optimizers."""
-    groups = [
-        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        for optimizer in trainer.optimizers
-    ]
-    return [parameter.requires_grad for parameter in module.parameters()], groups
-
-
-def _adopt_settings(module: LightningModule, trainer: Trainer, settings: Any) -> None:
-    trainable, optimizers = settings
-    for parameter, requires_grad in zip(module.parameters(), trainable, strict=True):
-        parameter.requires_grad_(requires_grad)
-    for optimizer, groups in zip(trainer.optimizers, optimizers, strict=True):
-        for group, options in zip(optimizer.param_groups, groups, strict=False):
-            group.update(options)
 
 
 _filter_on_optimizer = BaseFinetuning.filter_on_optimizer

@@ -36,10 +36,22 @@ class Proxy:
         return iter(self._inner)
 
 
-class Source:
-    """Iterates the real data and tells the other ranks, batch by batch, that there is one more."""
+class _Standing:
+    """Stands in for a loader of the user. A copy, or what is read from a file, is the user's own."""
 
     _lwpm: "tuple[Feed, int, list[int], list[Any]]"
+    _lwpm_for: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self._lwpm_for,)
+
+
+def _itself(loader: Any) -> Any:
+    return loader
+
+
+class Source(_Standing):
+    """Iterates the real data and tells the other ranks, batch by batch, that there is one more."""
 
     def peek(self) -> Any:
         """The first batch of the iteration that has begun, or is about to; a stream read once loses nothing."""
@@ -186,10 +198,8 @@ class _Items:
         return item
 
 
-class Shadow:
+class Shadow(_Standing):
     """Iterates tickets for the batches that rank 0 announces; reads no data and starts no workers."""
-
-    _lwpm: "tuple[Feed, int, list[int], list[Any]]"
 
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, _ = self._lwpm

@@ -1,5 +1,6 @@
 """Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -81,12 +82,21 @@ class Onlooker:
         try:
             with self._stage(), torch.set_grad_enabled(train), self.context(), self._unoptimized():
                 pulls = self.feed.loop.pulls()
-                return self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))
+                seen = self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
             for m, mode in modes:
                 m.training = mode
+        if seen.written and module.automatic_optimization:
+            more = f" and {len(seen.written) - 1} more" if len(seen.written) > 1 else ""
+            warnings.warn(
+                f"`{self.name}` itself changes the weights '{seen.written[0]}'{more}, so no stage can begin between "
+                "their uses. Change them in `on_train_batch_end`, which may use and change all weights, and the model "
+                "can be cut anywhere.",
+                stacklevel=2,
+            )
+        return seen
 
     def _probe(self, step: Callable[[], Any]) -> Probe:
         module = self.module

@@ -107,8 +107,8 @@ class Steps:
         self._begun: deque[_Pass] = deque()  # of batches to come
         self._late = LateChanges(self.current, self.mailbox.label)
         if hooks is not None:
-            hooks.attributes.ahead = overlap is not None
-            hooks.attributes.late = self._late.watch if count > 1 or overlap is not None else None
+            hooks.settings.attributes.ahead = overlap is not None
+            hooks.settings.attributes.late = self._late.watch if count > 1 or overlap is not None else None
         self.attach(engine)
 
     def attach(self, engine: Engine) -> None:
@@ -122,8 +122,9 @@ class Steps:
         """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""
         run = self._begun.popleft() if self._begun else _Pass(self, batch, args)
         self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0)
-        if self.hooks is not None and (self.mailbox.rank == 0 or self.hooks.attributes.ahead):
-            self.hooks.attributes.watch()
+        attributes = self.hooks.settings.attributes if self.hooks is not None else None
+        if attributes is not None and (self.mailbox.rank == 0 or attributes.ahead):
+            attributes.watch()
         with self.book.recording():
             if skips_backward(self.trainer):
                 outputs = self.engine.evaluate(run.split, run.forward, self._fetcher(run.split), "train")
@@ -135,7 +136,7 @@ class Steps:
         if self.mailbox.rank != 0:
             return self._share(None, None, [])
         brief = mean_loss(run.losses, run.split.sizes) if run.losses else None
-        changes = self.hooks.attributes.changes() if self.hooks is not None else []
+        changes = attributes.changes() if attributes is not None else []
         return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged(), changes)
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
@@ -178,7 +179,7 @@ class Steps:
         self._turn += 1
         ending = self.termination.batch_ended()
         if self.mailbox.rank == 0:
-            if self.mailbox.world > 1:
+            if self.hooks is not None:
                 shared = out if self._outputs_wanted("on_train_batch_end") else brief
                 message = shared, sendable(entries), changes, self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
@@ -187,7 +188,7 @@ class Steps:
             what = "the loss of this batch from rank 0"
             out, entries, changes, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
             assert self.hooks is not None
-            self.hooks.attributes.adopt(changes, step=True)
+            self.hooks.settings.attributes.adopt(changes, step=True)
             out = move_data_to_device(out, self.engine.device)
         self.termination.agreed = ending
         self.book.replay(entries)

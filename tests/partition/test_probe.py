@@ -88,6 +88,23 @@ def test_leaves_nothing_behind() -> None:
     assert torch.equal(torch.get_rng_state(), states[1])
 
 
+def test_weights_that_the_step_changes_have_one_history() -> None:
+    net = Net()
+    before = net.blocks[0][0].weight.clone(), net.blocks[2][0].bias.clone()
+
+    def step() -> torch.Tensor:
+        out = net(torch.randn(3, 4))
+        net.blocks[0][0].weight.data = net.blocks[0][0].weight.data * 0.9
+        net.blocks[2][0].bias.data.clamp_(-0.01, 0.01)
+        return out.sum()
+
+    seen = probe(net, step)
+    assert seen.written == ("blocks.0.0.weight", "blocks.2.0.bias")
+    assert not any(seen.timeline.allowed[1:])
+    assert torch.equal(net.blocks[0][0].weight, before[0])
+    assert torch.equal(net.blocks[2][0].bias, before[1])
+
+
 def test_hooks_registered_by_the_step_go_with_it() -> None:
     """`transformers` registers hooks in the first forward and marks the model: both or neither must stay."""
     net = Net()

@@ -9,12 +9,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import grad_norm, rank_zero_only
 from pool import WorkerError
 from torch import nn
 from torch.utils.data import DataLoader
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
+
+from lightning_lwpm.training.checks import warn_of_gradients
 
 
 def alike(runs: Runs, scenario: Any, count: int = 1, worlds: tuple[int, ...] = (2,)) -> None:
@@ -251,7 +253,7 @@ def test_transfer_hooks_run_once(runs: Runs) -> None:
 
 
 class Teaching(Classifier):
-    """A teacher that follows, weights that are kept small, samples at the end of an epoch: in hooks, of all layers."""
+    """A teacher that follows, weights kept small, the norm of gradients, samples: in hooks, of all layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,6 +274,9 @@ class Teaching(Classifier):
             self.head.weight.clamp_(-0.2, 0.2)
             torch._foreach_mul_(list(self.inlet.parameters()), 0.99)
 
+        norms = [parameter.grad.data.norm() for parameter in self.parameters() if parameter.grad is not None]
+        self.log("gradients", torch.stack(norms).norm())
+
     def on_train_epoch_end(self) -> None:
         self.count += 1
         self.log("sampled", self(data().tensors[0]).std())  # batch normalisation counts it
@@ -289,6 +294,101 @@ def teaching(kwargs: dict[str, Any]) -> Any:
 
 def test_hooks_that_rank_0_runs_alone_use_and_change_all_weights(runs: Runs) -> None:
     alike(runs, teaching, worlds=(2, 3))
+
+
+class Norms(L.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        pl_module.log_dict(grad_norm(pl_module, 2))
+
+
+def test_hooks_that_see_a_part_of_the_gradients_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"`on_before_optimizer_step` of Norms.*`on_train_batch_end`"):
+        warn_of_gradients(Classifier(), [Norms()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_gradients(Teaching(), [Looker()])
+
+
+class Setting(Classifier):
+    """The end of a step, and hooks that rank 0 runs, set what decides on steps to come, on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.so_far, self.centre, self.told = 1.0, torch.zeros(()), [0.0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.so_far - self.centre + self.told[-1] + getattr(self.inlet, "shift", 0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.so_far = 0.9 * self.so_far + 0.1 * float(loss.detach())
+        self.centre = self.centre + 0.1 * loss.detach()
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1 * self.so_far, gradient_clip_algorithm="norm")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.optimizers().param_groups[0]["lr"] *= self.so_far
+        self.told.append(float(outputs["loss"]))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.latest = float(super().validation_step(batch, batch_idx))
+        return self.latest
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.inlet.shift = self.latest
+
+
+def setting(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Setting()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2})
+    trainer.fit(module, train_loader(20), val_loader())
+    return metrics(trainer), weights(module), module.so_far, module.told
+
+
+def test_what_rank_0_alone_sets_reaches_every_rank(runs: Runs) -> None:
+    alike(runs, setting, worlds=(3,))
+
+
+class Evaluating(Classifier):
+    """Weights and counts that are changed after batches of evaluation, first or later ones."""
+
+    def __init__(self, later: bool = False) -> None:
+        super().__init__()
+        self.later = later
+        self.register_buffer("count", torch.zeros(()))
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx or not self.later:
+            self.inlet.weight.data.mul_(0.9).add_(outputs * self.inlet.weight.norm() * 0.01)
+            self.count += len(batch[0])
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.blocks[0][0].bias.data.add_(outputs.mean(0)[0] * self.head.bias.data[0])
+
+
+def evaluating(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Evaluating()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(module, train_loader(20), val_loader())
+    trainer.predict(module, val_loader(), return_predictions=False)
+    return metrics(trainer), weights(module)
+
+
+def evaluating_later(kwargs: dict[str, Any]) -> None:
+    L.Trainer(**kwargs | {"max_epochs": 1}).validate(Evaluating(later=True), val_loader())
+
+
+def test_weights_change_after_batches_of_evaluation(runs: Runs) -> None:
+    alike(runs, evaluating, worlds=(3,))
+    with pytest.raises(
+        WorkerError, match=r"`on_validation_batch_end` uses or changes 'inlet.weight'.*after each batch"
+    ):
+        runs.on(2, evaluating_later)
 
 
 class Saving(Classifier):

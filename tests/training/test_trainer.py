@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import rank_zero_only
 from pool import WorkerError
 from training.modules import Classifier, Recorder, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
@@ -150,6 +151,26 @@ class Curious(Classifier):
             state = (self.global_step, self.current_epoch, trainer.is_last_batch, trainer.num_training_batches)
             self.seen.append((*state, str(self.device), trainer.model is self, self.training, str(self.dtype)))
         return loss
+
+
+class Graphs(Recorder):
+    """Runs the whole model, as the logger of TensorBoard does."""
+
+    @rank_zero_only
+    def log_graph(self, model: L.LightningModule, input_array: Any = None) -> None:
+        self.rows.append((None, {"graph": float(model(model.example_input_array).sum())}))
+
+
+def graph(kwargs: dict[str, Any]) -> Any:
+    module, logger = seeded(Curious), Graphs()
+    trainer = L.Trainer(**kwargs | {"logger": logger, "max_epochs": 1})
+    trainer.fit(module, train_loader(36), val_loader())
+    trainer.test(module, val_loader(), verbose=False)
+    return {"rank 0": [row for row in logger.rows if "graph" in row[1]], "example": module.example_input_array}
+
+
+def test_graphs_are_logged_while_the_model_is_whole(runs: Runs) -> None:
+    everywhere(runs, graph, (3,))
 
 
 FLAGS: dict[str, dict[str, Any]] = {

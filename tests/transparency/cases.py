@@ -15,6 +15,7 @@ from models import (
     CrossAttention,
     Detached,
     Dropping,
+    GatesBefore,
     Hooked,
     InPlace,
     InPlaceInput,
@@ -22,9 +23,11 @@ from models import (
     Late,
     LayerDrop,
     Mixture,
+    Momentum,
     MultiTask,
     Normed,
     Permuted,
+    Prepared,
     Recurrence,
     Recurrent,
     Residual,
@@ -193,6 +196,17 @@ CASES: dict[str, Case] = {
     "tied weights": Case(Tied, language, tokens, SHARED),
     "siamese": Case(Siamese, classify, pairs, SHARED),
     "recurrence": Case(Recurrence, classify, pairs, SHARED_OFTEN),
+    "weights before a module's first layer": Case(
+        GatesBefore,
+        classify,
+        pairs,
+        lambda stages, count: stages > 2 and count > 1,  # the shared ones
+        {2: ["first.norm"], 3: ["first.norm", "shared.norm@1"], 4: ["first.norm", "shared.norm", "shared.norm@1"]},
+    ),
+    "weights that the step changes": Case(Momentum, classify, pairs),
+    "weights that hooks make": Case(
+        Prepared, classify, pairs, partition={2: ["layers.2"], 3: ["layers.2", "layers.4"]}
+    ),
     "root parameters": Case(RootParameters, classify, pairs),
     "batch norm": Case(Normed, classify, images),
     "batch norm, channels last": Case(partial(Normed, torch.channels_last), classify, images),

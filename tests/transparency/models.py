@@ -1,6 +1,7 @@
 """Small models, each of which holds one difficulty for a step that is cut into stages."""
 
 import random
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,75 @@ class Recurrence(nn.Module):
         for part in x.chunk(4, dim=1):
             state = self.cell(part, state)
         return self.head(state[0])
+
+
+class GatesBefore(nn.Module):
+    """Modules that use a weight and change a buffer before their first layer, at which a stage may begin."""
+
+    class Gate(nn.Module):
+        def __init__(self, counts: bool) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.zeros(WIDTH))
+            self.gate = nn.Sigmoid()
+            self.norm = nn.LayerNorm(WIDTH)
+            if counts:
+                self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self, "count"):
+                self.count += 1
+            return self.norm(x * self.gate(self.mask) * 2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.middle, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.first, self.shared = self.Gate(True), self.Gate(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.first(self.inlet(x)))
+        return self.head(self.shared(self.middle(x).tanh()))
+
+
+class Momentum(nn.Module):
+    """A second network that follows the first: the step itself changes weights, in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.slow = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)).requires_grad_(False)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.fast:
+            y = y + layer(y).tanh()
+        with torch.no_grad():
+            for layer in self.slow:
+                x = layer(x).tanh()
+        for fast, slow in zip(self.fast, self.slow, strict=False):
+            slow.weight.data = slow.weight.data * 0.9 + fast.weight.data * 0.1
+            slow.bias.data.mul_(0.9).add_(fast.bias.data, alpha=0.1)
+        return self.head(y - x)
+
+
+class Prepared(nn.Module):
+    """Weights that a hook makes before each call of their layer (weight and spectral normalisation)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        for layer in self.layers[1::2]:
+            nn.utils.spectral_norm(layer)
+        for layer in self.layers[2::2]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                nn.utils.weight_norm(layer)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
 
 
 class RootParameters(nn.Module):
