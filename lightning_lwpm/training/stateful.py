@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.state.load import check_file, fill, read_rest
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
@@ -161,6 +162,10 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         with self._resting({}), self.told("merging the model"):
             return merged_copy(self.mailbox, self.next_turn(), self.lightning_module)
 
+    @abstractmethod
+    def plan_ahead(self) -> PartitionPlan | None:
+        """Which stage runs which layers of this module, where that is known: since an earlier run, or from the user."""
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     @override
@@ -219,7 +224,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        check_names(self.lightning_module, checkpoint["state_dict"], strict)
+        plan = self.plan_ahead()
+        stage = plan.stage_holding if plan is not None else lambda _: None
+        check_names(self.lightning_module, checkpoint["state_dict"], strict, stage)
         super().load_model_state_dict(checkpoint, strict=strict)
 
     @override
