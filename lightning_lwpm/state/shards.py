@@ -28,7 +28,7 @@ from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.state.merge import agree, place_of, unite
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
-from lightning_lwpm.state.whole import partial_folder, sync_folder, whole_file
+from lightning_lwpm.state.whole import give_name, partial_folder, sync_folder, whole_file
 
 __all__ = ["INDEX", "REST", "ShardedSave", "crc"]
 
@@ -140,8 +140,7 @@ class ShardedSave:
         sync_folder(self._data)
         if not self.path.is_dir():
             _write_index(self._folder, index)
-            self.path.unlink(missing_ok=True)  # a merged checkpoint of the same name
-            os.rename(self._folder, self.path)
+            give_name(self._folder, self.path)
         else:
             os.rename(self._data, self.path / self._data.name)
             _write_index(self.path, index)

@@ -22,6 +22,7 @@ from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.tree import replaced
+from lightning_lwpm.state.whole import found
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, restoring, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
@@ -172,6 +173,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def load_checkpoint(self, checkpoint_path: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         self._saved()
         self._source, local = None, local_path(checkpoint_path)
+        local = found(local) if local is not None else None
         checkpoint: dict[str, Any] = {}
         error: Exception | None = None
         try:
