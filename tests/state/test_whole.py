@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.placeholder import placeholder_like
 from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.whole import PREFIX, found
@@ -62,6 +64,30 @@ def keep_saving(folder: Path, sharded: bool, version: int, ready: Any) -> None:
     while True:
         ready.send(version)
         save(folder, sharded, version)
+        version += 1
+
+
+def keep_saving_together(folder: Path, version: int, ready: Any, rank: int, store: Path) -> None:
+    """Like :func:`keep_saving`, as one of two ranks, each with its share."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def gather(value: Any) -> list[Any]:
+        values = [None, None]
+        dist.all_gather_object(values, value)
+        return values
+
+    mailbox = Mailbox(rank, 2, gather, patience=5)
+    while True:
+        ready.send(version)
+        share = checkpoint(version)
+        for number, (name, tensor) in enumerate(share["state_dict"].items()):
+            share["state_dict"][name] = tensor if number % 2 == rank else placeholder_like(tensor)
+        if rank:
+            share["optimizer_states"][0]["state"] = {}
+        saving = ShardedSave(mailbox, version, share, folder / "last.ckpt", False)
+        saving.start(later=False)
+        saving.wait()
         version += 1
 
 
@@ -127,6 +153,39 @@ def test_killed_at_any_moment(forks: Any, tmp_path: Path, sharded: bool) -> None
     save(tmp_path, sharded, version + 1)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"], "what was left behind is swept away"
     assert version > 0, "no save ended before its process was killed"
+
+
+def test_one_of_two_ranks_killed(forks: Any, tmp_path: Path) -> None:
+    """Either one, at any moment of a save; the other one ends too."""
+    chance, version, folder = random.Random(8), 0, tmp_path / "kept"
+    save(folder, True, 0)
+    for turn in range(12):
+        pipes = [forks.Pipe() for _ in range(2)]
+        together = [
+            forks.Process(
+                target=keep_saving_together, args=(folder, version + 1, there, rank, tmp_path / f"store-{turn}")
+            )
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process, (_, there) in zip(together, pipes, strict=True):
+            process.start()
+            there.close()
+        here, saved = pipes[turn % 2][0], chance.randrange(2)
+        here.recv()
+        for _ in range(saved + 1):
+            begin = time.perf_counter()
+            here.recv()
+            lasts = time.perf_counter() - begin
+        time.sleep(chance.random() * lasts)
+        together[turn % 2].kill()
+        for process in together:
+            process.join(30)
+        assert together[1 - turn % 2].exitcode == 1, "the other one hears of it"
+        found = version_of(load(folder))
+        assert found > version + saved
+        version = found
+    save(folder, True, version + 1)
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["merged", "sharded"])
