@@ -4,12 +4,14 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from training.modules import Classifier, train_loader, val_loader
 from training.runs import Runs, same, weights
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_lwpm import ConfigurationError
 from lightning_lwpm.staging import lazy
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy, realised
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, swap
 
 
@@ -137,6 +140,66 @@ def test_like_one_device(runs: Runs, scenario: Any) -> None:
     for world in (1, 3) if scenario is configured else (2,):
         for rank, found in enumerate(runs.on(world, scenario, costs="measured" if world == 3 else "estimated")):
             same(expected, found, f"rank {rank} of {world}")
+
+
+class Pretrained(L.LightningModule):
+    """Weights from the shards of a published model."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = GPT2LMHeadModel.from_pretrained(self.folder)
+
+    def on_train_start(self) -> None:
+        held = {n: p for n, p in self.net.named_parameters() if not is_placeholder(p)}
+        self.mapped = {name: bool(mapped_file(parameter)) for name, parameter in held.items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that the kernel reads a tensor's values from, where they are touched."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return line.split()[5] if "safetensors" in line else ""
+    return ""
+
+
+class FromShards:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, kwargs: dict[str, Any]) -> Any:
+        module = Pretrained(self.folder)
+        batches = DataLoader(torch.arange(64).view(8, 8) % 60, 4, collate_fn=lambda rows: (torch.stack(rows),))
+        L.Trainer(**kwargs, max_epochs=1).fit(module, batches)
+        return weights(module), module.mapped
+
+
+def test_safetensors_shards(runs: Runs) -> None:
+    """Mapped, and read by rank 0, which sends the others their share; nobody holds a copy of the model."""
+    folder = runs.folder / "shards"
+    torch.manual_seed(5)
+    config = {"n_layer": 3, "n_embd": 32, "n_head": 2, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    GPT2LMHeadModel(GPT2Config(**config, **still)).save_pretrained(folder, max_shard_size="40KB")
+    files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert len(files) > 2
+    expected, _ = runs.on(0, FromShards(folder))[0]
+    for rank, (found, mapped) in enumerate(runs.on(2, FromShards(folder))):
+        same(expected, found, f"rank {rank}")
+        assert all(mapped.values()), "in the memory of the file"
+        assert 0 < len(mapped) < len(expected) - 10, "its share"
+    assert files == {path: path.read_bytes() for path in files}
 
 
 def refused(kwargs: dict[str, Any]) -> str:
