@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.state.merge import agree, place_of, unite
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
@@ -184,7 +184,7 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
                 own[tell(path)] = tensor.detach()
 
     def light(_: Any, tensor: Tensor) -> Tensor:
-        return placeholder_like(tensor.detach()) if _large(tensor) else tensor
+        return torch.empty_like(tensor, device="meta") if _large(tensor) else tensor
 
     entries = {
         (number, index): replaced(checkpoint["optimizer_states"][number]["state"][index], light)
@@ -198,7 +198,7 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
     shells: dict[str, Tensor] = {}
 
     def shell(path: TreePath, tensor: Tensor) -> Tensor:
-        if not is_placeholder(tensor) and not _large(tensor):
+        if not is_placeholder(tensor) and not tensor.is_meta and not _large(tensor):
             return tensor
         like = tensor.shell if is_placeholder(tensor) else tensor  # type: ignore[attr-defined]
         return shells.setdefault(firsts.get(tell(path), tell(path)), torch.empty_like(like, device="meta"))

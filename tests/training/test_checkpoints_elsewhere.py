@@ -13,6 +13,8 @@ from training.modules import data
 from training.runs import Runs, same, weights
 from training.test_checkpoints import Continues, Saved, SavesBoth, Tied
 
+from lightning_lwpm.cli import main
+
 
 class Plain(L.LightningModule):
     """No metrics: under DDP those would be of both processes."""
@@ -103,3 +105,50 @@ def test_several_stages_a_rank(runs: Runs) -> None:
         for rank, ends in enumerate(runs.on(world, Continues(Tied, paths), **options)):
             for path, found in zip(paths, ends, strict=True):
                 same(whole, found, f"{path} on rank {rank} of {world}")
+
+
+class Composed(Plain):
+    """Made of a module that it is given and keeps among its hyperparameters, as in many of Lightning's examples."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(backbone, nn.Linear(12, 3))
+
+
+class Keeps:
+    """Saves while it trains, and then goes on from that."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        del kwargs["enable_checkpointing"]
+        L.seed_everything(5)
+        module = Composed(nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 12)))
+        keep = ModelCheckpoint(self.folder, "kept", every_n_train_steps=3)
+        trainer = L.Trainer(**kwargs, max_epochs=1, callbacks=[keep])
+        for path in (None, self.folder / "kept.ckpt"):
+            trainer.fit(module, DataLoader(data(32), 8), ckpt_path=path, weights_only=False)
+        return weights(module)
+
+
+def test_modules_among_the_hyperparameters(runs: Runs) -> None:
+    """Their weights are in the file too, as on one device: once."""
+    folders = {kind: runs.folder / f"composed-{kind}" for kind in ("stock", "full", "sharded")}
+    expected = runs.on(0, Keeps(folders["stock"]))[0]
+    for kind in ("full", "sharded"):
+        for found in runs.on(2, Keeps(folders[kind]), state_dict_type=kind):
+            same(expected, found, kind)
+    files = [folders["stock"] / "kept.ckpt", folders["full"] / "kept.ckpt", runs.folder / "composed.ckpt"]
+    main(["merge", str(folders["sharded"] / "kept.ckpt"), str(files[2]), "--trusted"])
+    saved = [torch.load(path, weights_only=False) for path in files]
+    backbones = [checkpoint["hyper_parameters"]["backbone"] for checkpoint in saved]
+    for backbone in backbones:
+        same(backbones[0].state_dict(), backbone.state_dict())
+        assert all(parameter.requires_grad for parameter in backbone.parameters())
+    for number in (0, 3):  # one of each rank
+        for checkpoint, backbone in zip(saved[:2], backbones, strict=False):
+            assert checkpoint["state_dict"][f"layers.0.{number}.weight"].data_ptr() == backbone[number].weight.data_ptr()
+    loaded = Composed.load_from_checkpoint(files[1], weights_only=False)
+    same(saved[0]["state_dict"], weights(loaded))
