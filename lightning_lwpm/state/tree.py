@@ -47,9 +47,9 @@ def replaced(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path = 
     if isinstance(value, nn.Module):
         made: dict[int, Any] = {}  # instead of copies of what is there
         for name, tensor in named_tensors(value):
-            new = change((*path, name), tensor)
-            wraps = isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if wraps else new
+            other = change((*path, name), tensor)
+            wraps = isinstance(tensor, nn.Parameter) and not isinstance(other, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(other, tensor.requires_grad) if wraps else other
         return copy.deepcopy(value, made)
     return value
 

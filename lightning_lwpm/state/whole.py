@@ -1,9 +1,11 @@
 """Files and folders that are there whole or not at all, whatever ends the process that writes them.
 
 They are written under a name that is no checkpoint's, beside the one that they are to have, and renamed once they lie
-on disk. No file system replaces a file by a folder in one step, or a folder by a file: the one that was there then
-waits as `last.lwpm-previous.ckpt` until the new one has its name, and whoever reads `last.ckpt` finds it there. What a killed process has left behind is taken away by the next one that writes in the same folder: who writes
+on disk. What a killed process has left behind is taken away by the next one that writes in the same folder: who writes
 holds a lock, and a lock ends with its process.
+
+No file system replaces a file by a folder in one step, or a folder by a file: the one that was there then waits as
+`last.lwpm-previous.ckpt` until the new one has its name, and who reads `last.ckpt` finds it there.
 """
 
 import fcntl

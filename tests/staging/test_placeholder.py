@@ -3,9 +3,9 @@
 import copy
 import io
 import pickle
-from multiprocessing.context import set_spawning_popen
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.context import set_spawning_popen
 
 import pytest
 import torch

@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader
 from training.modules import Classifier, train_loader, val_loader
 from training.runs import Runs, same, weights
@@ -21,6 +23,7 @@ from lightning_lwpm.staging import lazy
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy, realised
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, swap
+from lightning_lwpm.training.building import initialise
 
 
 class Net(nn.Module):
@@ -208,6 +211,27 @@ def refused(kwargs: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_attention_on_the_meta_device() -> None:
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 2, 40))
+    with torch.device("meta"):
+        found = nn.Sequential(nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 2, 40))
+        whole = nn.Transformer(32, 2, 1, 1, 40)
+    torch.manual_seed(3)
+    for module in (found, whole):
+        initialise(module)
+        swap(module, lambda _, tensor: realised(tensor))
+    same(dict(named_tensors(expected)), dict(named_tensors(found)))
+    assert whole.encoder.layers[0].linear1.weight.abs().max() > 32**-0.5, "drawn anew by the transformer, more widely"
+
+
+def test_metrics_on_the_meta_device_are_named() -> None:
+    with torch.device("meta"):
+        module = Classifier()
+    with pytest.raises(ConfigurationError, match=r"'train_acc' \(MulticlassAccuracy\), 'val_acc'.*outside of"):
+        initialise(module)
+
+
 def test_what_nothing_fills_is_named(runs: Runs) -> None:
     for message in runs.on(2, refused):
         assert "'blocks.1.scale'" in message and "1 parameters or buffers of Empty" in message
@@ -218,6 +242,7 @@ def test_what_nothing_fills_is_named(runs: Runs) -> None:
     [
         Net,
         lambda: nn.LSTM(20, 20),
+        lambda: nn.Sequential(*(wrap(nn.Linear(20, 20)) for wrap in (spectral_norm, orthogonal, weight_norm))),
         lambda: GPT2LMHeadModel(
             GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=60, eos_token_id=0, bos_token_id=0)
         ),
@@ -231,9 +256,10 @@ def test_the_same_bits_wherever_they_are_made(build: Any) -> None:
         built = build()
     assert torch.equal(after, torch.rand(2)), "the generator goes on as if the model had been built whole"
     assert any(is_lazy(tensor) for _, tensor in named_tensors(built))
-    sent = pickle.loads(pickle.dumps(built))
-    copied = copy.deepcopy(built)
-    for module in (built, sent, copied):
+    twins = [built, copy.deepcopy(built)]
+    if not any(map(is_parametrized, built.modules())):  # torch does not pickle them
+        twins.append(pickle.loads(pickle.dumps(built)))
+    for module in twins:
         swap(module, lambda _, tensor: realised(tensor))
         same(dict(named_tensors(expected)), dict(named_tensors(module)))
         assert [p.requires_grad for p in expected.parameters()] == [p.requires_grad for p in module.parameters()]

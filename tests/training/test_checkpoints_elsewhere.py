@@ -149,6 +149,8 @@ def test_modules_among_the_hyperparameters(runs: Runs) -> None:
         assert all(parameter.requires_grad for parameter in backbone.parameters())
     for number in (0, 3):  # one of each rank
         for checkpoint, backbone in zip(saved[:2], backbones, strict=False):
-            assert checkpoint["state_dict"][f"layers.0.{number}.weight"].data_ptr() == backbone[number].weight.data_ptr()
+            assert (
+                checkpoint["state_dict"][f"layers.0.{number}.weight"].data_ptr() == backbone[number].weight.data_ptr()
+            )
     loaded = Composed.load_from_checkpoint(files[1], weights_only=False)
     same(saved[0]["state_dict"], weights(loaded))
