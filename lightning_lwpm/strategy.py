@@ -342,6 +342,12 @@ class LWPMStrategy(StatefulStrategy):
         return self._planner.plan if self._planner is not None else None
 
     @override
+    def plan_ahead(self) -> PartitionPlan | None:
+        assert self.lightning_module is not None
+        plan = self._planner.plan_of(self.lightning_module) if self._planner is not None else None
+        return plan or (self.partition if isinstance(self.partition, PartitionPlan) else None)
+
+    @override
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)

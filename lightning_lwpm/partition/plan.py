@@ -129,6 +129,12 @@ class PartitionPlan:
         """The stage of each layer call (name, occurrence)."""
         return {call: stage.index for stage in self.stages for call in stage.calls}
 
+    def stage_holding(self, name: str) -> str | None:
+        """Which stages hold a parameter or buffer, in words; ``None`` if it belongs to no layer that the plan names."""
+        layer = max((call for call, _ in self.stage_of if name.startswith(f"{call}.")), key=len, default=None)
+        holding = sorted({stage for (call, _), stage in self.stage_of.items() if call == layer})
+        return " and ".join(f"stage {stage} (rank {self.ranks[stage]})" for stage in holding) or None
+
     def table(self) -> Table:
         """Draw the plan as a table, one row a stage, and one for each rank that holds none."""
         timed = self.prediction is not None and self.prediction.measured > 0

@@ -21,7 +21,7 @@ class _Pickler(pickle.Pickler):
     """Pickles only the part of a storage that a tensor shows, and always from the host."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is Tensor and value.layout is torch.strided:
+        if type(value) is Tensor and value.layout is torch.strided and not value.is_meta:
             plain = value.detach().to("cpu").contiguous()
             data = plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b""
             return _tensor, (data, plain.dtype, tuple(plain.shape), value.requires_grad)

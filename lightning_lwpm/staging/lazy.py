@@ -76,9 +76,13 @@ class Lazy(Tensor):
 
     @data.setter
     def data(self, values: Tensor) -> None:
+        Tensor.data.__set__(self, self.take_over(values))  # type: ignore[attr-defined]
+
+    def take_over(self, values: Tensor) -> "Lazy":
+        """Hold what another tensor holds, in the same memory if that one is lazy; returns it as a lazy one."""
         made = values if isinstance(values, Lazy) else _from_source(_identity, kept(values.detach()))
-        Tensor.data.__set__(self, made)  # type: ignore[attr-defined]
         self.recipe, self.shell = made.recipe, made.shell
+        return made
 
     def tolist(self) -> Any:
         """Its values as Python numbers."""
@@ -123,6 +127,9 @@ def _dispatched(func: Any, args: Any, kwargs: Any, building: bool) -> Any:
     values = list(zip(schema.arguments, args, strict=False))
     values += [(argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs]
     written = [t for a, value in values if a.alias_info is not None and a.alias_info.is_write for t in tensors(value)]
+    if func is torch.ops.aten.set_.source_Tensor and is_lazy(args[0]) and args[0].shape == args[1].shape:
+        args[0].take_over(args[1])  # as parametrizations do
+        return args[0]
     if torch.Tag.inplace_view in func.tags and is_lazy(args[0]):  # another view of the same memory
         func(args[0].shell, *args[1:], **kwargs)
         with no_dispatch():

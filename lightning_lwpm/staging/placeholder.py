@@ -1,5 +1,6 @@
 """Placeholders: parameters and buffers that live on another rank: right shape, type and device, no storage."""
 
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ __all__ = ["Placeholder", "is_placeholder", "placeholder_like"]
 _LEFT = (
     "weights_after_run='rank_zero': this process has not got all weights of the model, only rank 0 has. Use them under "
     "`if trainer.is_global_zero:`, or pass weights_after_run='all_ranks'."
+)
+
+_SAVED = (
+    "a part of the model that lives on another rank of the pipeline was to be saved or sent (pickled), and its values "
+    "are not here. While a run lasts, use `trainer.save_checkpoint(...)` or `trainer.strategy.merged_module()` in a "
+    "callback, on all ranks, or wait until the run has ended."
 )
 
 
@@ -101,6 +108,8 @@ class Placeholder(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.left:
             raise ConfigurationError(_LEFT)
+        if get_spawning_popen() is None:  # a worker of a DataLoader may get it with what it is a part of
+            raise ConfigurationError(_SAVED)
         kind = (tuple(self.shape), self.dtype, str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
         return _rebuild, kind
 

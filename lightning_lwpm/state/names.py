@@ -1,6 +1,6 @@
 """Compares the names and shapes of a checkpoint with those of the model before a single weight is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,26 +12,30 @@ from lightning_lwpm.staging.placement import swap
 __all__ = ["check_names"]
 
 
-def check_names(module: nn.Module, saved: Mapping[str, Any], strict: bool) -> None:
+def check_names(
+    module: nn.Module, saved: Mapping[str, Any], strict: bool, stage: Callable[[str], str | None] = lambda _: None
+) -> None:
     """Check that weights can be loaded.
 
     Args:
         module: The model; it is as before afterwards.
         saved: The ``state_dict`` of the checkpoint.
         strict: Whether names must be the same.
+        stage: From the name of a weight to the stage that holds it, in words; ``None`` where it is not known.
 
     Raises:
-        ConfigurationError: telling every mismatch.
+        ConfigurationError: telling every mismatch, by stage, or by layer where no stage is known.
     """
     own = module.state_dict()
-    missing = [f"missing in the checkpoint: '{name}' {_shape(own[name])}" for name in own if name not in saved]
-    unexpected = [f"not in the model: '{name}' {_shape(saved[name])}" for name in saved if name not in own]
-    shapes = [
-        f"'{name}' is {_shape(saved[name])} in the checkpoint and {_shape(own[name])} in the model"
+    shapes = {
+        name: f"'{name}' is {_shape(saved[name])} in the checkpoint and {_shape(own[name])} in the model"
         for name in own
         if name in saved and _shape(own[name]) != _shape(saved[name])
-    ]
-    told = [*shapes, *(missing + unexpected if strict else [])]
+    }
+    told = dict(shapes)
+    if strict:
+        told |= {name: f"missing in the checkpoint: '{name}' {_shape(own[name])}" for name in own if name not in saved}
+        told |= {name: f"not in the model: '{name}' {_shape(saved[name])}" for name in saved if name not in own}
     if not told:
         return
     # hooks of the user's may make them fit: try, with tensors that cannot be written to
@@ -47,12 +51,30 @@ def check_names(module: nn.Module, saved: Mapping[str, Any], strict: bool) -> No
         module.load_state_dict(saved, strict=strict)
     except RuntimeError as error:
         raise ConfigurationError(
-            f"the checkpoint does not fit {type(module).__name__}, and nothing was loaded:\n  "
-            + "\n  ".join(told)
+            f"the checkpoint does not fit {type(module).__name__}, and nothing was loaded:"
+            + "".join(_by_place(told, lambda name: stage(name) or _layer(module, name)))
             + ("\nTo load what fits by name, set `strict_loading = False` in the module." if not shapes else "")
         ) from error
     finally:
         swap(module, lambda _, tensor: originals[id(tensor)])
+
+
+def _by_place(told: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
+    """The mismatches under headings that say where they are."""
+    places: dict[str, list[str]] = {}
+    for name, line in told.items():
+        places.setdefault(place(name), []).append(line)
+    return [f"\n  {place}:" + "".join(f"\n    {line}" for line in lines) for place, lines in places.items()]
+
+
+def _layer(module: nn.Module, name: str) -> str:
+    """The layer of the model that a weight belongs to, or would belong to."""
+    path = name.rpartition(".")[0]
+    try:
+        layer = module.get_submodule(path)
+    except AttributeError:
+        return "in no layer of the model"
+    return f"layer '{path}' ({type(layer).__name__})" if path else f"{type(module).__name__} itself"
 
 
 def _shape(value: Any) -> Any:

@@ -24,11 +24,11 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
 from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.state.merge import agree, place_of, unite
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
-from lightning_lwpm.state.whole import partial_folder, sync_folder, whole_file
+from lightning_lwpm.state.whole import give_name, partial_folder, sync_folder, whole_file
 
 __all__ = ["INDEX", "REST", "ShardedSave", "crc"]
 
@@ -140,8 +140,7 @@ class ShardedSave:
         sync_folder(self._data)
         if not self.path.is_dir():
             _write_index(self._folder, index)
-            self.path.unlink(missing_ok=True)  # a merged checkpoint of the same name
-            os.rename(self._folder, self.path)
+            give_name(self._folder, self.path)
         else:
             os.rename(self._data, self.path / self._data.name)
             _write_index(self.path, index)
@@ -185,7 +184,7 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
                 own[tell(path)] = tensor.detach()
 
     def light(_: Any, tensor: Tensor) -> Tensor:
-        return placeholder_like(tensor.detach()) if _large(tensor) else tensor
+        return torch.empty_like(tensor, device="meta") if _large(tensor) else tensor
 
     entries = {
         (number, index): replaced(checkpoint["optimizer_states"][number]["state"][index], light)
@@ -199,7 +198,7 @@ def _split(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> tuple[dict
     shells: dict[str, Tensor] = {}
 
     def shell(path: TreePath, tensor: Tensor) -> Tensor:
-        if not is_placeholder(tensor) and not _large(tensor):
+        if not is_placeholder(tensor) and not tensor.is_meta and not _large(tensor):
             return tensor
         like = tensor.shell if is_placeholder(tensor) else tensor  # type: ignore[attr-defined]
         return shells.setdefault(firsts.get(tell(path), tell(path)), torch.empty_like(like, device="meta"))

@@ -3,6 +3,9 @@
 They are written under a name that is no checkpoint's, beside the one that they are to have, and renamed once they lie
 on disk. What a killed process has left behind is taken away by the next one that writes in the same folder: who writes
 holds a lock, and a lock ends with its process.
+
+No file system replaces a file by a folder in one step, or a folder by a file: the one that was there then waits as
+`last.lwpm-previous.ckpt` until the new one has its name, and who reads `last.ckpt` finds it there.
 """
 
 import fcntl
@@ -14,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["PREFIX", "partial_folder", "put_away", "sync_folder", "whole_file"]
+__all__ = ["PREFIX", "found", "give_name", "partial_folder", "remove", "sync_folder", "whole_file"]
 
 PREFIX = ".lwpm-partial-"
 
@@ -34,9 +37,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-            if path.is_dir() and not path.is_symlink():
-                put_away(path)  # a sharded checkpoint of the same name
-            os.replace(partial, path)
+            give_name(partial, path)
     except BaseException:
         with suppress(FileNotFoundError):
             partial.unlink()
@@ -57,11 +58,38 @@ def partial_folder(parent: Path) -> Iterator[Path]:
         os.close(file)
 
 
-def put_away(path: Path) -> None:
-    """Remove a folder so that no half of it can be taken for a checkpoint."""
-    away = path.with_name(f"{PREFIX}{secrets.token_hex(8)}")
-    os.rename(path, away)
-    shutil.rmtree(away, ignore_errors=True)
+def give_name(partial: Path, path: Path) -> None:
+    """Rename what lies on disk; what has had the name is there until then, under it or where :func:`found` looks."""
+    before = _previous(path)
+    if os.path.lexists(path) and _is_folder(path) != _is_folder(partial):
+        remove(before)
+        os.rename(path, before)
+    os.replace(partial, path)
+    remove(before)
+
+
+def found(path: Path) -> Path:
+    """The path, or where its former content is if a process was killed while it gave the name to another."""
+    before = _previous(path)
+    return before if before.exists() and not path.exists() else path
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder so that no half of it can be taken for a checkpoint, if it is there."""
+    if _is_folder(path):
+        away = path.with_name(f"{PREFIX}{secrets.token_hex(8)}")
+        os.rename(path, away)
+        shutil.rmtree(away, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.lwpm-previous{path.suffix}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def sync_folder(path: Path) -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.lazy import lazy_like, unfilled
 from lightning_lwpm.staging.placement import named_tensors, swap
+from lightning_lwpm.staging.tree import tensors
 
 __all__ = ["initialise"]
 
@@ -18,14 +20,26 @@ def initialise(module: nn.Module) -> None:
     """Let a model that was built on the meta device say how its weights are made, layer by layer; nothing is made yet.
 
     A layer says it with ``reset_parameters``, as those of torch do, or the model that it belongs to with
-    ``_init_weights``, as those of ``transformers`` do. Layers come in the order of ``module.modules()``.
+    ``_init_weights``, as those of ``transformers`` do. Layers come in the order of ``module.modules()``. What torch's
+    attention and transformers do with ``_reset_parameters`` comes after the layers in them, as where they are built.
 
     Args:
         module: The model.
 
     Raises:
-        ConfigurationError: naming the parameters and buffers that nothing fills.
+        ConfigurationError: naming the parameters and buffers that nothing fills, and metrics without values.
     """
+    metrics = [
+        f"'{name}' ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if isinstance(part, Metric) and any(state.is_meta for state in tensors(part.metric_state))
+    ]
+    if metrics:
+        raise ConfigurationError(
+            f"metrics of {type(module).__name__} were built on the meta device, where what they count has no values: "
+            f'{", ".join(metrics)}. Build them outside of `with torch.device("meta")`, or build the model in '
+            "`configure_model` or under `trainer.init_module()`."
+        )
     meta = {name for name, tensor in named_tensors(module) if tensor.is_meta}
     if meta:
         swap(module, lambda name, tensor: lazy_like(tensor) if name in meta else tensor)
@@ -45,6 +59,8 @@ def initialise(module: nn.Module) -> None:
 def _fill(module: nn.Module, family: Any) -> None:
     """Fill the unfilled tensors of a module and of those below it."""
     family = module if hasattr(module, "_init_weights") else family
+    last = getattr(module, "_reset_parameters", None) if family is None else None
+    last = last if last is not None and all(unfilled(p) for p in module.parameters()) else None
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if any(map(unfilled, own)):
         if family is not None:
@@ -53,3 +69,5 @@ def _fill(module: nn.Module, family: Any) -> None:
             reset()
     for child in module.children():
         _fill(child, family)
+    if callable(last):
+        last()

@@ -95,6 +95,10 @@ class Planner:
         self.plan, self._choice, known.wish = plan, choice, wish
         return make_layout(module, known.seen, plan)
 
+    def plan_of(self, module: nn.Module) -> PartitionPlan | None:
+        """The latest plan, if it is one for this very module."""
+        return self.plan if self._known is not None and self._known.module() is module else None
+
     def survey(
         self, trainer: Trainer, module: LightningModule, feed: Feed, wish: Wish, devices: Sequence[int]
     ) -> dict[int, Choice | ConfigurationError]:

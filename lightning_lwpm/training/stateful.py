@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,14 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.state.load import check_file, fill, read_rest
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.names import check_names
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.tree import replaced
+from lightning_lwpm.state.whole import found
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, restoring, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
@@ -161,12 +163,17 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         with self._resting({}), self.told("merging the model"):
             return merged_copy(self.mailbox, self.next_turn(), self.lightning_module)
 
+    @abstractmethod
+    def plan_ahead(self) -> PartitionPlan | None:
+        """Which stage runs which layers of this module, where that is known: since an earlier run, or from the user."""
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     @override
     def load_checkpoint(self, checkpoint_path: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         self._saved()
         self._source, local = None, local_path(checkpoint_path)
+        local = found(local) if local is not None else None
         checkpoint: dict[str, Any] = {}
         error: Exception | None = None
         try:
@@ -219,7 +226,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        check_names(self.lightning_module, checkpoint["state_dict"], strict)
+        plan = self.plan_ahead()
+        stage = plan.stage_holding if plan is not None else lambda _: None
+        check_names(self.lightning_module, checkpoint["state_dict"], strict, stage)
         super().load_model_state_dict(checkpoint, strict=strict)
 
     @override

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_lwpm.state.whole import put_away, whole_file
+from lightning_lwpm.state.whole import found, remove, whole_file
 
 __all__ = ["WholeCheckpointIO", "local_path"]
 
@@ -41,14 +41,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         local = local_path(path)
-        if local is None or not zipfile.is_zipfile(local):
+        if local is None or not zipfile.is_zipfile(found(local)):
             return super().load_checkpoint(path, map_location, weights_only)
-        return torch.load(local, map_location="cpu", weights_only=weights_only, mmap=True)
+        return torch.load(found(local), map_location="cpu", weights_only=weights_only, mmap=True)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         local = local_path(path)
-        if local is not None and local.is_dir() and not local.is_symlink():
-            put_away(local)
+        if local is not None:
+            remove(found(local))
         else:
             super().remove_checkpoint(path)

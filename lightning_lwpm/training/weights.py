@@ -1,6 +1,5 @@
 """Moves weights: from rank 0 to their stages at the start of a run, between stages, and together at its end."""
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 from lightning_lwpm.state.merge import merge_checkpoint
+from lightning_lwpm.state.tree import replaced
 
 __all__ = ["Holders", "copies", "gather", "holders", "merged_copy", "move"]
 
@@ -155,15 +155,11 @@ def merged_copy(mailbox: Mailbox, key: int, module: nn.Module) -> nn.Module | No
         key: Names this exchange; the same on all ranks.
         module: The model, partitioned or not.
     """
-    named = dict(named_tensors(module))
-    merged = merge_checkpoint(mailbox, key, {"weights": named})["weights"]
+    merged = merge_checkpoint(mailbox, key, {"weights": dict(named_tensors(module))})["weights"]
     if mailbox.rank:
         return None
-    made: dict[int, Any] = {}  # instead of copies of what is here: where it is copied to
-    for name, tensor in named.items():
-        values = merged[name].detach().to("cpu", copy=True)
-        made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
-    return copy.deepcopy(module, made)
+    copied: nn.Module = replaced(module, lambda path, _: merged[path[0]].detach().to("cpu", copy=True))
+    return copied
 
 
 def _leave(module: nn.Module, left: bool) -> None:

@@ -5,12 +5,14 @@ import io
 import pickle
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.context import set_spawning_popen
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_lwpm import ConfigurationError
 from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 
@@ -110,14 +112,23 @@ def test_averages_pass_over_them() -> None:
 
 def test_copies() -> None:
     net = model()
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+    twins = [copy.deepcopy(net)]
+    set_spawning_popen(object())  # while a process is started
+    try:
+        twins.append(pickle.loads(pickle.dumps(net)))
+    finally:
+        set_spawning_popen(None)
+    for twin in twins:
         assert isinstance(twin[1].weight, nn.Parameter)
         assert is_placeholder(twin[1].weight.detach())
         assert torch.equal(twin[0].weight, net[0].weight)
-    buffer = io.BytesIO()
-    torch.save(net.state_dict(), buffer)
-    buffer.seek(0)
-    assert is_placeholder(torch.load(buffer, weights_only=False)["1.weight"])
+
+
+def test_no_file_is_made_of_them() -> None:
+    """It would be found out when it is loaded, and the weights would be gone."""
+    for saved in (model(), model().state_dict()):
+        with pytest.raises(ConfigurationError, match="merged_module"):
+            torch.save(saved, io.BytesIO())
 
 
 def test_nothing_here_is_made_from_them() -> None:

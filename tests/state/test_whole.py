@@ -1,6 +1,7 @@
 """Checkpoints are there whole or not at all: processes are killed while they write, disks are full."""
 
 import multiprocessing
+import os
 import random
 import resource
 import signal
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.placeholder import placeholder_like
 from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
 from lightning_lwpm.state.shards import ShardedSave
-from lightning_lwpm.state.whole import PREFIX
+from lightning_lwpm.state.whole import PREFIX, found
 from lightning_lwpm.training.storage import WholeCheckpointIO
 
 ROUNDS = 50
@@ -37,7 +42,7 @@ def save(folder: Path, sharded: bool, version: int) -> None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    path = folder / "last.ckpt"
+    path = found(folder / "last.ckpt")
     check_file(path)
     if is_sharded(path):
         return fill(*read_rest(path, weights_only=True))
@@ -60,6 +65,49 @@ def keep_saving(folder: Path, sharded: bool, version: int, ready: Any) -> None:
         ready.send(version)
         save(folder, sharded, version)
         version += 1
+
+
+def keep_saving_together(folder: Path, version: int, ready: Any, rank: int, store: Path) -> None:
+    """Like :func:`keep_saving`, as one of two ranks, each with its share."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def gather(value: Any) -> list[Any]:
+        values = [None, None]
+        dist.all_gather_object(values, value)
+        return values
+
+    mailbox = Mailbox(rank, 2, gather, patience=5)
+    while True:
+        ready.send(version)
+        share = checkpoint(version)
+        for number, (name, tensor) in enumerate(share["state_dict"].items()):
+            share["state_dict"][name] = tensor if number % 2 == rank else placeholder_like(tensor)
+        if rank:
+            share["optimizer_states"][0]["state"] = {}
+        saving = ShardedSave(mailbox, version, share, folder / "last.ckpt", False)
+        saving.start(later=False)
+        saving.wait()
+        version += 1
+
+
+def die_while_renaming(folder: Path, sharded: bool, version: int, calls: int) -> None:
+    """Save, but be killed at one of the calls that give a checkpoint, or the one in its place, another name."""
+    torch.set_num_threads(1)
+
+    def dying(original: Any) -> Any:
+        def call(source: Any, target: Any) -> None:
+            nonlocal calls
+            if folder / "last.ckpt" in (source, target):
+                calls -= 1
+                if calls < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            original(source, target)
+
+        return call
+
+    os.rename, os.replace = dying(os.rename), dying(os.replace)
+    save(folder, sharded, version)
 
 
 def save_on_a_full_disk(folder: Path, sharded: bool, ready: Any) -> None:
@@ -105,6 +153,58 @@ def test_killed_at_any_moment(forks: Any, tmp_path: Path, sharded: bool) -> None
     save(tmp_path, sharded, version + 1)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"], "what was left behind is swept away"
     assert version > 0, "no save ended before its process was killed"
+
+
+def test_one_of_two_ranks_killed(forks: Any, tmp_path: Path) -> None:
+    """Either one, at any moment of a save; the other one ends too."""
+    chance, version, folder = random.Random(8), 0, tmp_path / "kept"
+    save(folder, True, 0)
+    for turn in range(12):
+        pipes = [forks.Pipe() for _ in range(2)]
+        together = [
+            forks.Process(
+                target=keep_saving_together, args=(folder, version + 1, there, rank, tmp_path / f"store-{turn}")
+            )
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process, (_, there) in zip(together, pipes, strict=True):
+            process.start()
+            there.close()
+        here, saved = pipes[turn % 2][0], chance.randrange(2)
+        here.recv()
+        for _ in range(saved + 1):
+            begin = time.perf_counter()
+            here.recv()
+            lasts = time.perf_counter() - begin
+        time.sleep(chance.random() * lasts)
+        together[turn % 2].kill()
+        for process in together:
+            process.join(30)
+        assert together[1 - turn % 2].exitcode == 1, "the other one hears of it"
+        found = version_of(load(folder))
+        assert found > version + saved
+        version = found
+    save(folder, True, version + 1)
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["merged", "sharded"])
+def test_killed_between_two_renames(forks: Any, tmp_path: Path, sharded: bool) -> None:
+    """Of a checkpoint that replaces one of the other kind: no file system does that in one step."""
+    path = tmp_path / "last.ckpt"
+    for calls in range(2):
+        save(tmp_path, not sharded, calls)
+        process = forks.Process(target=die_while_renaming, args=(tmp_path, sharded, 9, calls))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert path.exists() == (calls == 0), "killed before the first, or between the two"
+        assert version_of(load(tmp_path)) == calls
+        callback = ModelCheckpoint(tmp_path, save_last=True)
+        assert callback._find_last_checkpoints(Trainer(logger=False, devices=1, accelerator="cpu"))
+    save(tmp_path, sharded, 2)
+    assert version_of(load(tmp_path)) == 2
+    assert list(tmp_path.iterdir()) == [path], "the one that waited is gone"
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["merged", "sharded"])

@@ -4,12 +4,16 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.data import DataLoader
 from training.modules import Classifier, train_loader, val_loader
 from training.runs import Runs, same, weights
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,7 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_lwpm import ConfigurationError
 from lightning_lwpm.staging import lazy
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy, realised
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, swap
+from lightning_lwpm.training.building import initialise
 
 
 class Net(nn.Module):
@@ -139,10 +145,91 @@ def test_like_one_device(runs: Runs, scenario: Any) -> None:
             same(expected, found, f"rank {rank} of {world}")
 
 
+class Pretrained(L.LightningModule):
+    """Weights from the shards of a published model."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = GPT2LMHeadModel.from_pretrained(self.folder)
+
+    def on_train_start(self) -> None:
+        held = {n: p for n, p in self.net.named_parameters() if not is_placeholder(p)}
+        self.mapped = {name: bool(mapped_file(parameter)) for name, parameter in held.items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that the kernel reads a tensor's values from, where they are touched."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return line.split()[5] if "safetensors" in line else ""
+    return ""
+
+
+class FromShards:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, kwargs: dict[str, Any]) -> Any:
+        module = Pretrained(self.folder)
+        batches = DataLoader(torch.arange(64).view(8, 8) % 60, 4, collate_fn=lambda rows: (torch.stack(rows),))
+        L.Trainer(**kwargs, max_epochs=1).fit(module, batches)
+        return weights(module), module.mapped
+
+
+def test_safetensors_shards(runs: Runs) -> None:
+    """Mapped, and read by rank 0, which sends the others their share; nobody holds a copy of the model."""
+    folder = runs.folder / "shards"
+    torch.manual_seed(5)
+    config = {"n_layer": 3, "n_embd": 32, "n_head": 2, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    GPT2LMHeadModel(GPT2Config(**config, **still)).save_pretrained(folder, max_shard_size="40KB")
+    files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert len(files) > 2
+    expected, _ = runs.on(0, FromShards(folder))[0]
+    for rank, (found, mapped) in enumerate(runs.on(2, FromShards(folder))):
+        same(expected, found, f"rank {rank}")
+        assert all(mapped.values()), "in the memory of the file"
+        assert 0 < len(mapped) < len(expected) - 10, "its share"
+    assert files == {path: path.read_bytes() for path in files}
+
+
 def refused(kwargs: dict[str, Any]) -> str:
     with pytest.raises(ConfigurationError) as caught:
         L.Trainer(**kwargs).fit(Empty(), train_loader(32))
     return str(caught.value)
+
+
+def test_attention_on_the_meta_device() -> None:
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 2, 40))
+    with torch.device("meta"):
+        found = nn.Sequential(nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 2, 40))
+        whole = nn.Transformer(32, 2, 1, 1, 40)
+    torch.manual_seed(3)
+    for module in (found, whole):
+        initialise(module)
+        swap(module, lambda _, tensor: realised(tensor))
+    same(dict(named_tensors(expected)), dict(named_tensors(found)))
+    assert whole.encoder.layers[0].linear1.weight.abs().max() > 32**-0.5, "drawn anew by the transformer, more widely"
+
+
+def test_metrics_on_the_meta_device_are_named() -> None:
+    with torch.device("meta"):
+        module = Classifier()
+    with pytest.raises(ConfigurationError, match=r"'train_acc' \(MulticlassAccuracy\), 'val_acc'.*outside of"):
+        initialise(module)
 
 
 def test_what_nothing_fills_is_named(runs: Runs) -> None:
@@ -155,6 +242,7 @@ def test_what_nothing_fills_is_named(runs: Runs) -> None:
     [
         Net,
         lambda: nn.LSTM(20, 20),
+        lambda: nn.Sequential(*(wrap(nn.Linear(20, 20)) for wrap in (spectral_norm, orthogonal, weight_norm))),
         lambda: GPT2LMHeadModel(
             GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=60, eos_token_id=0, bos_token_id=0)
         ),
@@ -168,9 +256,10 @@ def test_the_same_bits_wherever_they_are_made(build: Any) -> None:
         built = build()
     assert torch.equal(after, torch.rand(2)), "the generator goes on as if the model had been built whole"
     assert any(is_lazy(tensor) for _, tensor in named_tensors(built))
-    sent = pickle.loads(pickle.dumps(built))
-    copied = copy.deepcopy(built)
-    for module in (built, sent, copied):
+    twins = [built, copy.deepcopy(built)]
+    if not any(map(is_parametrized, built.modules())):  # torch does not pickle them
+        twins.append(pickle.loads(pickle.dumps(built)))
+    for module in twins:
         swap(module, lambda _, tensor: realised(tensor))
         same(dict(named_tensors(expected)), dict(named_tensors(module)))
         assert [p.requires_grad for p in expected.parameters()] == [p.requires_grad for p in module.parameters()]

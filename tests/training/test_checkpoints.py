@@ -192,6 +192,22 @@ class Refusals:
         return [*told, str(raised.value)]
 
 
+class RefusedAtFirst:
+    """What a first run is refused with that is to go on from a checkpoint of another model."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, kwargs: dict[str, Any]) -> str:
+        L.seed_everything(5)
+        module = Tied()
+        before = weights(module)
+        with pytest.raises(ConfigurationError) as raised:
+            L.Trainer(**kwargs, max_epochs=1).fit(module, DataLoader(data(32), 8), ckpt_path=self.path)
+        same(before, weights(module))
+        return str(raised.value)
+
+
 def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
     """On all ranks the same words."""
     runs.on(2, SavesBoth(Tied, runs.folder))
@@ -235,12 +251,17 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
         "evil": "posix.system has no place",
     }.items():
         assert expected in words[name] and name in words[name], words[name]
-    for part in (
-        "'inlet.weight' is (2, 6)",
-        "missing in the checkpoint: 'blocks.3.0.bias'",
-        "not in the model: 'extra'",
-    ):
-        assert part in words["other"]
+    ends = [
+        "\n    'inlet.weight' is (2, 6) in the checkpoint and (6, 6) in the model",
+        "\n    missing in the checkpoint: 'blocks.3.0.bias' (6,)",
+        "\n    not in the model: 'extra' (6,)",
+    ]
+    stages = ["stage 0 (rank 1)", "stage 1 (rank 0)", "Tied itself"]
+    layers = ["layer 'inlet' (Linear)", "layer 'blocks.3.0' (Linear)", "Tied itself"]
+    first = runs.on(2, RefusedAtFirst(str(runs.folder / "other.ckpt")))
+    for places, found in ((stages, [words["other"]]), (layers, first)):
+        for place, end in zip(places, ends, strict=True):
+            assert all(f"\n  {place}:{end}" in message for message in found), found[0]
 
 
 class Kept:
