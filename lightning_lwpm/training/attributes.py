@@ -86,9 +86,10 @@ class Attributes:
                 continue
             attributes = modules[path].__dict__
             old = attributes.get(name)
-            if step and self.late is not None and _image(old, {}) != _image(value, {}):
-                self.late(modules[path], name)
-            attributes[name] = _renewed(old, value)
+            if not _same(old, value):
+                attributes[name] = _renewed(old, value)
+                if step and self.late is not None:
+                    self.late(modules[path], name)
 
     def _look(self) -> Iterator[tuple[tuple[str, str], Any, Any]]:
         """Each plain attribute: its module and name, what is equal while it stays as it is, and its value."""
@@ -122,7 +123,7 @@ def _image(value: Any, seen: dict[int, Any]) -> Any:
         seen: The images of what many modules may refer to, such as a configuration, by ``id``.
     """
     if isinstance(value, _ATOMS):
-        return type(value), value
+        return (type(value), value) if "<locals>" not in type(value).__qualname__ else None
     if type(value) is Tensor:
         small = not value.requires_grad and value.layout is torch.strided and value.nbytes <= SMALL
         return _Seen(value) if small else None
@@ -146,10 +147,10 @@ def _copy(value: Any, room: list[int]) -> Any:
     """
     kind = type(value)
     room[0] -= 1
+    if room[0] < 0 or "<locals>" in kind.__qualname__:  # what is of a local class cannot be sent
+        raise ValueError
     if isinstance(value, _ATOMS):
         return kind, value
-    if room[0] < 0 or "<locals>" in kind.__qualname__:  # a local class cannot be sent
-        raise ValueError
     if isinstance(value, dict):
         return kind, [(_copy(key, room), _copy(each, room)) for key, each in value.items()]
     if isinstance(value, list | tuple | deque):
@@ -159,6 +160,13 @@ def _copy(value: Any, room: list[int]) -> Any:
     if is_users(value):
         return kind, _copy(vars(value), room)
     raise ValueError
+
+
+def _same(here: Any, there: Any) -> bool:
+    """Whether a value of this rank is that of rank 0."""
+    if type(here) is Tensor and type(there) is Tensor:
+        return here.dtype == there.dtype and here.shape == there.shape and torch.equal(here.detach().cpu(), there)
+    return type(here) is type(there) and bool(_image(here, {}) == _image(there, {}))
 
 
 def _renewed(old: Any, new: Any) -> Any:

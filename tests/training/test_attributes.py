@@ -102,17 +102,19 @@ def test_what_rank_0_alone_sets_reaches_all(runs: Runs, world: int) -> None:
 
 
 class Counting(Annealed):
-    """Changes two attributes at the end of its step: one is read by the first layers, one is not."""
+    """Changes attributes at the end of its step, of which the first layers read one, and a mean at its beginning."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read = self.unread = self.written = 0
+        self.mean = torch.zeros(())
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.written = 1
         x, y = batch
+        self.mean = 0.9 * self.mean + 0.1 * x.mean()
         for block in self.blocks:
-            x = block(x + 0.01 * self.read + 0.01 * self.written)
+            x = block(x + 0.01 * self.read + 0.01 * self.written - self.mean)
         loss = F.cross_entropy(self.head(x), y) + 0.01 * self.unread
         self.read, self.unread, self.written = self.read + 1, self.unread + 1, 2
         return loss
