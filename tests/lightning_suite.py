@@ -6,6 +6,7 @@
     pip install pytest pytest-timeout pytest-rerunfailures cloudpickle scikit-learn tensorboard jsonargparse
     python tests/lightning_suite.py checkout                  # what tests/lightning_suite.md tells of
     python tests/lightning_suite.py checkout loops callbacks  # parts of tests/tests_pytorch
+    python tests/lightning_suite.py checkout --two            # two stages, in the tests that want `ddp_spawn` on CPUs
     python tests/lightning_suite.py checkout --stock loops    # Lightning as it is, to compare
 
 Take the tag nearest to the installed version. This module is also the plugin of pytest that replaces the strategy.
@@ -42,9 +43,32 @@ NOT_APPLICABLE = (
 )
 
 
+TWO = (
+    "callbacks/test_early_stopping.py",
+    "callbacks/test_stochastic_weight_avg.py",
+    "callbacks/test_weight_averaging.py",
+    "profilers/test_profiler.py",
+    "strategies/launchers/test_multiprocessing.py",
+    "strategies/test_ddp_integration.py",
+    "trainer/connectors/test_data_connector.py",
+    "trainer/flags/test_overfit_batches.py",
+    "trainer/logging_/test_distributed_logging.py",
+    "trainer/logging_/test_train_loop_logging.py",
+    "trainer/optimization/test_manual_optimization.py",
+    "trainer/properties/test_get_model.py",
+    "trainer/test_dataloaders.py",
+    "trainer/test_trainer.py",
+)
+
+_in_two: dict[str, list[str]] = {}  # by test that has wanted `ddp_spawn`, what became of it
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Lightning choose this strategy wherever it would choose the one for a single CPU."""
+    """Let Lightning choose this strategy wherever it would choose the one for a single CPU, or `ddp_spawn` on CPUs."""
     if os.environ.get("LWPM_SUITE") == "stock":
+        return
+    if os.environ.get("LWPM_SUITE") == "two":
+        _replace_spawned()
         return
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -62,14 +86,42 @@ def pytest_configure(config: pytest.Config) -> None:
     _AcceleratorConnector._choose_strategy = choose_ours
 
 
+def _replace_spawned() -> None:
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    import lightning_lwpm  # noqa: F401  # registers the names
+
+    init = _AcceleratorConnector.__init__
+
+    def init_ours(self: object, *args: object, strategy: object = "auto", **kwargs: object) -> None:
+        if strategy == "ddp_spawn" and kwargs.get("accelerator") in ("cpu", "auto"):
+            strategy = "lwpm_spawn"
+            _in_two.setdefault(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0], [])
+        init(self, *args, strategy=strategy, **kwargs)  # type: ignore[arg-type, misc]
+
+    _AcceleratorConnector.__init__ = init_ours  # type: ignore[assignment, method-assign]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what becomes of tests that have wanted `ddp_spawn`."""
+    if report.nodeid in _in_two and (report.when == "call" or report.failed):
+        _in_two[report.nodeid].append(report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List them: only these say something of two stages."""
+    for test, outcomes in _in_two.items():
+        terminalreporter.write_line(f"two stages: {test}: {', '.join(outcomes)}")
+
+
 def main() -> int:
     """Run the tests of a checkout."""
     checkout, *wanted = sys.argv[1:]
-    stock = "--stock" in wanted
-    paths = [path for path in wanted if path != "--stock"] or list(PARTS)
+    mode = next((option for option in ("stock", "two") if f"--{option}" in wanted), "")
+    paths = [path for path in wanted if not path.startswith("--")] or list(TWO if mode == "two" else PARTS)
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "LWPM_SUITE": "stock" if stock else "", "LWPM_CACHE": "off"}
+    environment = {**os.environ, "PYTHONPATH": path, "LWPM_SUITE": mode, "LWPM_CACHE": "off"}
     options = ["-p", Path(__file__).stem, "-p", "no:xdist", "-q", "--tb=short", "--show-capture=no", "--timeout=120"]
     ignored = [f"--ignore={name}" for name in NOT_APPLICABLE]
     command = [sys.executable, "-m", "pytest", *options, "-o", "addopts=", *ignored, *paths]
