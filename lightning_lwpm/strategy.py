@@ -502,7 +502,7 @@ class LWPMStrategy(StatefulStrategy):
             everywhere = self.weights_after_run == "all_ranks"
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
-                    gather(self.mailbox, self.next_turn(), module, self._engine.layout, everywhere)
+                    gather(self.mailbox, self.next_turn(), module, self._engine.layout, everywhere, self.optimizers)
         self._end_overlap()
         if self._engine is not None:
             self._streams = streams(self._engine)

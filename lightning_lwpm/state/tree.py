@@ -45,7 +45,7 @@ def replaced(value: Any, change: Callable[[Path, Tensor], Tensor], path: Path = 
         items = [replaced(item, change, (*path, index)) for index, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, nn.Module):
-        made: dict[int, Any] = {}  # instead of copies of what is there
+        made: dict[int, Any] = {}  # in the copy, in the places of what is there
         for name, tensor in named_tensors(value):
             other = change((*path, name), tensor)
             wraps = isinstance(tensor, nn.Parameter) and not isinstance(other, nn.Parameter)

@@ -49,6 +49,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         local = local_path(path)
         if local is not None:
-            remove(found(local))
+            remove(local)
+            remove(found(local))  # what it was to replace, if a process was killed just then
         else:
             super().remove_checkpoint(path)

@@ -1,6 +1,6 @@
 """Moves weights: from rank 0 to their stages at the start of a run, between stages, and together at its end."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities import move_data_to_device
@@ -71,20 +71,24 @@ def move(
         values, states[name] = mailbox.take("weight", (key, name), what)
         return values
 
-    replaced = place(module, lambda name: None if rank in after(name) else (), rank, fetch)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
-        for old in [parameter for parameter in optimizer.state if id(parameter) in replaced]:
-            new, state = replaced[id(old)], optimizer.state.pop(old)
-            if not is_placeholder(new):
-                optimizer.state[new] = state
+    _tell(optimizers, place(module, lambda name: None if rank in after(name) else (), rank, fetch))
     named = dict(named_tensors(module))
     for name, state in states.items():
         if state is not None:
             number, entries = state
             device = named[name].device
             optimizers[number].state[named[name]] = move_data_to_device(entries, device)
+
+
+def _tell(optimizers: Sequence[Optimizer], placed: Mapping[int, Tensor]) -> None:
+    """Let optimizers hold the parameters that are in the places of others now."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [placed.get(id(parameter), parameter) for parameter in group["params"]]
+        for old in [parameter for parameter in optimizer.state if id(parameter) in placed]:
+            new, state = placed[id(old)], optimizer.state.pop(old)
+            if not is_placeholder(new):
+                optimizer.state[new] = state
 
 
 def _state(optimizers: Sequence[Optimizer], tensor: Tensor) -> tuple[int, dict[str, Any]] | None:
@@ -117,7 +121,14 @@ def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(tensor.shape)) for name, tensor in named_tensors(module)]
 
 
-def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, everywhere: bool) -> None:
+def gather(
+    mailbox: Mailbox,
+    key: int,
+    module: nn.Module,
+    layout: Layout,
+    everywhere: bool,
+    optimizers: Sequence[Optimizer],
+) -> None:
     """Give processes the whole trained model, so that the code after ``fit`` works as on one device.
 
     Args:
@@ -126,6 +137,7 @@ def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, everyw
         module: The model, partitioned.
         layout: The partition.
         everywhere: Whether all of them are to have it; otherwise rank 0 has, and the others keep their share.
+        optimizers: Optimizers that hold the model's parameters; each keeps the states of its rank's share.
     """
     ranks = layout.ranks
     owners = {name: ranks[where[-1]] for name, where in [*layout.parameters.items(), *layout.buffers.items()]}
@@ -144,7 +156,7 @@ def gather(mailbox: Mailbox, key: int, module: nn.Module, layout: Layout, everyw
             return tensor
         return mailbox.take("weight", (key, name), f"the weights '{name}' from rank {owners[name]}")
 
-    place(module, lambda name: None, None, fetch)
+    _tell(optimizers, place(module, lambda name: None, None, fetch))
 
 
 def merged_copy(mailbox: Mailbox, key: int, module: nn.Module) -> nn.Module | None:

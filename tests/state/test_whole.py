@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -227,5 +228,6 @@ def test_one_kind_in_the_place_of_the_other(tmp_path: Path) -> None:
         assert version_of(load(tmp_path)) == version
     save(tmp_path, True, 9)
     assert len(list((tmp_path / "last.ckpt").glob("data-*"))) == 1
+    shutil.copytree(tmp_path / "last.ckpt", tmp_path / "last.lwpm-previous.ckpt")  # killed just before it was removed
     WholeCheckpointIO().remove_checkpoint(tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
