@@ -88,12 +88,13 @@ class Onlooker:
             trainer.loggers = loggers
             for m, mode in modes:
                 m.training = mode
-        if seen.written and module.automatic_optimization:
-            more = f" and {len(seen.written) - 1} more" if len(seen.written) > 1 else ""
+        bound = [name for name in seen.written if len(seen.parameters[name]) > 1]
+        if bound and module.automatic_optimization:
+            more = f" and {len(bound) - 1} more" if len(bound) > 1 else ""
             warnings.warn(
-                f"`{self.name}` itself changes the weights '{seen.written[0]}'{more}, so no stage can begin between "
-                "their uses. Change them in `on_train_batch_end`, which may use and change all weights, and the model "
-                "can be cut anywhere.",
+                f"`{self.name}` itself changes the weights '{bound[0]}'{more}, so no stage can begin between their "
+                "uses. Change them in `on_train_batch_end`, which may use and change all weights, and the model can be "
+                "cut anywhere.",
                 stacklevel=2,
             )
         return seen

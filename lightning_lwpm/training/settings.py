@@ -7,6 +7,7 @@ The end of a step, after the last layer, and hooks of the module run on rank 0. 
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_lwpm.training.attributes import Attributes, Change
 
@@ -75,6 +76,14 @@ class Settings:
 
     def _groups(self) -> list[list[dict[str, Any]]]:
         return [
-            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            [
+                {name: _copied(value) for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ]
             for optimizer in self.trainer.optimizers
         ]
+
+
+def _copied(value: Any) -> Any:
+    """A learning rate may be a tensor, which is changed in place."""
+    return value.clone() if isinstance(value, Tensor) else value
