@@ -22,6 +22,7 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.schedule import Table
+from lightning_lwpm.staging.batch_norm import batch_norms
 from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout
@@ -271,7 +272,8 @@ class LWPMStrategy(StatefulStrategy):
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
             common = trainer, module, engine, feed, self._hooks, self.precision_plugin, self._interruption
-            self._steps = ManualSteps(*common, self.optimizers) if manual else Steps(*common, count, self._overlap)
+            steps = Steps(*common, count, self._overlap, self._least_samples()) if not manual else None
+            self._steps = steps or ManualSteps(*common, self.optimizers)
             if self.world_size > 1:
                 self._steps.termination.install()
 
@@ -373,7 +375,13 @@ class LWPMStrategy(StatefulStrategy):
             factor,
             self.virtual_stages,
             activation_checkpointing=self.activation_checkpointing,
+            least_samples=self._least_samples(),
         )
+
+    def _least_samples(self) -> int:
+        """The fewest samples of a micro-batch, where the user leaves that open: one alone has no statistics."""
+        assert self.lightning_module is not None
+        return 2 if self.num_microbatches == "auto" and batch_norms(self.lightning_module) else 1
 
     def _settled(self) -> tuple[int, str | Callable[[int], Table]]:
         """The number of micro-batches and the schedule, as far as they matter."""

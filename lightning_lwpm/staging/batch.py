@@ -26,13 +26,14 @@ class Batch:
         spec: The structure, from :func:`~lightning_lwpm.staging.tree.flatten`.
         leaves: The tensors; a :class:`Meta` stands for one that this rank was not given.
         num_microbatches: How many are wanted; a batch of fewer samples makes fewer.
+        least: The fewest samples of each, where the batch has as many.
     """
 
-    def __init__(self, spec: Any, leaves: list[Tensor | Meta], num_microbatches: int) -> None:
+    def __init__(self, spec: Any, leaves: list[Tensor | Meta], num_microbatches: int, least: int = 1) -> None:
         self.spec, self.leaves = spec, leaves
         self.absent: dict[int, Tensor] = {}  # the placeholders that stood for leaves this rank was not given
         self.samples = next((_shape(leaf)[0] for leaf in leaves if _shape(leaf)), None)
-        count = 1 if self.samples is None else max(1, min(num_microbatches, self.samples))
+        count = 1 if self.samples is None else max(1, min(num_microbatches, self.samples // least))
         total = self.samples or count
         self.sizes = [total // count + (i < total % count) for i in range(count)]
         self.bounds = [(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(count)]
@@ -40,12 +41,13 @@ class Batch:
         self._lists = _has_sequence(spec, self.samples)
 
     @classmethod
-    def of(cls, value: Any, num_microbatches: int) -> "Batch":
+    def of(cls, value: Any, num_microbatches: int, least: int = 1) -> "Batch":
         """Make a batch of what the data loader gave."""
         leaves: list[Any] = []
         spec = flatten(value, leaves)
         absent = {i: leaf for i, leaf in enumerate(leaves) if is_placeholder(leaf)}
-        batch = cls(spec, [Meta.of(leaf) if i in absent else leaf for i, leaf in enumerate(leaves)], num_microbatches)
+        given = [Meta.of(leaf) if i in absent else leaf for i, leaf in enumerate(leaves)]
+        batch = cls(spec, given, num_microbatches, least)
         batch.absent = absent
         return batch
 

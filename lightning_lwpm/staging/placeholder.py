@@ -62,7 +62,7 @@ class Placeholder(Tensor):
 
         meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
         left = any(placeholder.left for placeholder in found)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
             if left:
                 raise ConfigurationError(_LEFT)
             raise ConfigurationError(

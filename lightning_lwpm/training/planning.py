@@ -164,7 +164,8 @@ class Planner:
     def _learn(self, first: Onlooker, wish: Wish, devices: Sequence[int]) -> "_Known | None":
         """Look at the step, at two sizes of micro-batch where their number is left open; learn what it costs."""
         samples = self._shared("samples", first.samples if first.reads else None, "the size of a batch")
-        few, many = (candidates(wish.num_microbatches, of(devices), samples) for of in (min, max))
+        wanted, least = wish.num_microbatches, wish.least_samples
+        few, many = (candidates(wanted, of(devices), samples, least) for of in (min, max))
         seen: Probe | None = None
         looks = []
         for count in dict.fromkeys([few[len(few) // 2], many[-1]] if first.train else [1]):

@@ -47,7 +47,7 @@ class _Pass:
     def __init__(self, steps: "Steps", batch: Any, args: tuple[Any, ...]) -> None:
         self.steps = steps
         batch, self.arguments = steps.arguments(batch, args)
-        self.split = Batch.of(batch, steps.count)
+        self.split = Batch.of(batch, steps.count, steps.least)
         self.losses: list[Tensor] = []
         self.scaler = getattr(steps.precision, "scaler", None)
 
@@ -85,6 +85,7 @@ class Steps:
         interruption: Takes note of Ctrl-C.
         count: Number of micro-batches.
         overlap: Lets batches overlap; ``None`` where they do not.
+        least: The fewest samples of a micro-batch.
     """
 
     def __init__(
@@ -98,9 +99,11 @@ class Steps:
         interruption: Interruption,
         count: int,
         overlap: Overlap | None = None,
+        least: int = 1,
     ) -> None:
         self.trainer, self.module, self.feed, self.overlap = trainer, module, feed, overlap
-        self.hooks, self.precision, self.count, self.mailbox = hooks, precision, count, engine.mailbox
+        self.hooks, self.precision, self.mailbox = hooks, precision, engine.mailbox
+        self.count, self.least = count, least
         self.book = LogBook(module, self.mailbox)
         self._turn = 0
         self.termination = Termination(trainer, self.mailbox, interruption)

@@ -68,7 +68,7 @@ def choose(
         except NothingFits:
             raise refusal(looks, seen, num_ranks, None, wish, 1, each[0]) from None
     found: dict[int, Choice] = {}
-    counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples)
+    counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples, wish.least_samples)
     for count in counts:
         look = look_at(looks, (samples or 1) / count, wish)
         best = _best(look, seen, num_ranks, wish, count, called_again(look, seen, wish, num_ranks) + each)
@@ -135,13 +135,20 @@ def _best(
     return found
 
 
-def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None) -> list[int]:
-    """The numbers of micro-batches to consider, ascending: with "auto" one to sixteen for each stage."""
+def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None, least: int = 1) -> list[int]:
+    """The numbers of micro-batches to consider, ascending: with "auto" one to sixteen for each stage.
+
+    Args:
+        wanted: A number, or "auto".
+        stages: Number of stages.
+        samples: Samples of a batch, if it has any to split.
+        least: The fewest samples of a micro-batch, with "auto" and where the batch has as many.
+    """
     if wanted != "auto":
         return [min(wanted, samples) if samples else wanted]
     if stages == 1 or samples is None:
         return [1]
-    return sorted({min(stages * turns, samples) for turns in (1, 2, 4, 8, 16)})
+    return sorted({max(1, min(stages * turns, samples // least)) for turns in (1, 2, 4, 8, 16)})
 
 
 def planned(look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, lineup: Lineup) -> PartitionPlan:

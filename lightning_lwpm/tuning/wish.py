@@ -23,6 +23,7 @@ class Wish:
         virtual_stages: Stages a rank, or "auto": as many as the schedule needs.
         ranks: The rank of each stage, where a plan says it.
         activation_checkpointing: What is computed again in backward passes: "none", "layer" or "stage".
+        least_samples: Of a micro-batch, where their number is "auto" and the batch has as many.
     """
 
     partition: str | Sequence[str] | PartitionPlan = "auto"
@@ -33,6 +34,7 @@ class Wish:
     virtual_stages: int | Literal["auto"] = "auto"
     ranks: tuple[int, ...] | None = None
     activation_checkpointing: str = "none"
+    least_samples: int = 1
 
     def resolved(self) -> "Wish":
         """The same with the layers that a plan names, and what else it says where the user has left it open.

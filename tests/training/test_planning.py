@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
-from training.modules import Classifier, data
+from training.modules import Classifier, data, train_loader
 from training.runs import Runs, same, weights
 
 from lightning_lwpm import ConfigurationError
@@ -133,3 +133,28 @@ def test_advice_names_the_faster_partition(runs: Runs) -> None:
 
 def _plain(states: Any) -> Any:
     return [{"state": dict(sorted(s["state"].items())), "param_groups": s["param_groups"]} for s in states]
+
+
+class Batchwise(Classifier):
+    """Its normalisation has no statistics of a single sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12)) for _ in range(4))
+        self.sizes: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.sizes.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def batchwise(kwargs: dict[str, Any]) -> list[int]:
+    module = Batchwise()
+    L.Trainer(**kwargs | {"max_epochs": 1}).fit(module, train_loader(13))
+    return module.sizes
+
+
+def test_batch_normalisation_gets_no_single_sample(runs: Runs) -> None:
+    """Also in the last batch, of 5 samples."""
+    sizes, _ = runs.on(2, batchwise, "auto", partition=["blocks.2"])
+    assert sum(sizes) == 13 and min(sizes) >= 2

@@ -55,6 +55,11 @@ def test_candidates(wanted: Any, stages: int, samples: int | None, expected: lis
     assert candidates(wanted, stages, samples) == expected
 
 
+@pytest.mark.parametrize(("samples", "expected"), [(100, [2, 4, 8, 16, 32]), (9, [2, 4]), (3, [1]), (1, [1])])
+def test_micro_batches_of_two_samples_at_least(samples: int, expected: list[int]) -> None:
+    assert candidates("auto", 2, samples, 2) == expected
+
+
 def test_more_micro_batches_where_they_pay() -> None:
     """Without any overhead the bubble alone counts; the least number that comes near the best is taken."""
     choice = pick([even(4)], 2, 64)
