@@ -65,7 +65,7 @@ def _fill(module: nn.Module, family: Any) -> None:
     if any(map(unfilled, own)):
         if family is not None:
             family._init_weights(module)
-        elif callable(reset := getattr(module, "reset_parameters", None)):
+        elif callable(reset := getattr(module, "reset_parameters", None)) and reset != last:
             reset()
     for child in module.children():
         _fill(child, family)

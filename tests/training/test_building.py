@@ -211,7 +211,12 @@ def refused(kwargs: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_attention_on_the_meta_device() -> None:
+@pytest.mark.parametrize("public", [False, True])
+def test_attention_on_the_meta_device(public: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(nn.MultiheadAttention, "reset_parameters", raising=False)
+    if public:  # as after an import of Lightning's demonstration of a transformer
+        private = nn.MultiheadAttention._reset_parameters
+        monkeypatch.setattr(nn.MultiheadAttention, "reset_parameters", private, raising=False)
     torch.manual_seed(3)
     expected = nn.Sequential(nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 2, 40))
     with torch.device("meta"):
