@@ -225,13 +225,18 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
         shutil.copytree(shards, bad[name])
         part = max(bad[name].glob("data-*/*.distcp"))
         part.write_bytes(change(part.read_bytes()))
-    evil = bad["evil"] = runs.folder / "evil"
-    shutil.copytree(shards, evil)
-    metadata = next(evil.glob("data-*")) / ".metadata"
-    metadata.write_bytes(b"cposix\nsystem\n(S'touch owned'\ntR.")
-    index = json.loads((evil / "index.json").read_text())
-    index["files"][".metadata"] = crc(metadata)
-    (evil / "index.json").write_text(json.dumps(index))
+    called = {
+        "evil": b"cposix\nsystem\n(S'touch owned'\ntR.",
+        "reach": b"cbuiltins\ngetattr\n(ctorch\nSize\nS'mro'\ntR.",
+    }
+    for name, pickled in called.items():
+        evil = bad[name] = runs.folder / name
+        shutil.copytree(shards, evil)
+        metadata = next(evil.glob("data-*")) / ".metadata"
+        metadata.write_bytes(pickled)
+        index = json.loads((evil / "index.json").read_text())
+        index["files"][".metadata"] = crc(metadata)
+        (evil / "index.json").write_text(json.dumps(index))
     other = torch.load(good, weights_only=True)
     other["state_dict"]["inlet.weight"] = torch.ones(2, 6)
     other["state_dict"]["extra"] = other["state_dict"].pop("blocks.3.0.bias")
@@ -249,6 +254,7 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
         "cut": "is damaged",
         "swapped": "is damaged",
         "evil": "posix.system has no place",
+        "reach": "'mro') has no place",
     }.items():
         assert expected in words[name] and name in words[name], words[name]
     ends = [
