@@ -1,15 +1,16 @@
-"""Compares the names and shapes of a checkpoint with those of the model before a single weight is changed."""
+"""Compares what a checkpoint has with what the run has, before anything is changed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.staging.placement import swap
 
-__all__ = ["check_names"]
+__all__ = ["check_names", "other_groups"]
 
 
 def check_names(
@@ -57,6 +58,34 @@ def check_names(
         ) from error
     finally:
         swap(module, lambda _, tensor: originals[id(tensor)])
+
+
+def other_groups(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of optimizers that refuse the states of a checkpoint.
+
+    Args:
+        optimizers: Those of the run, with the parameters of all ranks.
+        saved: Their states in the checkpoint.
+
+    Returns:
+        Every optimizer whose groups of parameters are other ones; empty if all are alike.
+    """
+    told = [
+        f"\n  {type(optimizer).__name__} (optimizer {number}) has {_sizes(optimizer.param_groups)}, in the checkpoint "
+        f"{_sizes(state['param_groups'])}"
+        for number, (optimizer, state) in enumerate(zip(optimizers, saved, strict=False))
+        if _sizes(optimizer.param_groups) != _sizes(state["param_groups"])
+    ]
+    return (
+        "the checkpoint's states of optimizers do not fit, and training did not go on from it:"
+        f"{''.join(told)}\nLet `configure_optimizers` make the same groups, or go on from the weights alone: "
+        "`model.load_state_dict(torch.load(path)['state_dict'])`, and `fit` without `ckpt_path`."
+    ) * bool(told)
+
+
+def _sizes(groups: Sequence[Mapping[str, Any]]) -> str:
+    sizes = [str(len(group["params"])) for group in groups]
+    return f"{len(sizes)} group{'s' * (len(sizes) > 1)} of {' and '.join(sizes)} parameters"
 
 
 def _by_place(told: Mapping[str, str], place: Callable[[str], str]) -> list[str]:

@@ -19,7 +19,7 @@ from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.state.load import check_file, fill, read_rest
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
-from lightning_lwpm.state.names import check_names
+from lightning_lwpm.state.names import check_names, other_groups
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.state.whole import found
@@ -241,7 +241,12 @@ class StatefulStrategy(OverlappingStrategy, ABC):
                 states.append(fill(held, self._source, at=("optimizer_states", number)))
             else:  # a copy: the optimizer is not to hold on to a mapped file
                 states.append(replaced(held, lambda _, tensor: tensor.clone()))
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        try:
+            super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        except ValueError as error:
+            if words := other_groups(self.optimizers, states):
+                raise ConfigurationError(words) from error
+            raise
         if self._random is not None and self._engine is not None:
             put_back(self._random, self.global_rank, self._engine)
             if self._generators is not None and self.is_global_zero:  # the order of the data has been drawn from them

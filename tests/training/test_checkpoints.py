@@ -270,6 +270,31 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
             assert all(f"\n  {place}:{end}" in message for message in found), found[0]
 
 
+class OtherGroups(Classifier):
+    def configure_optimizers(self) -> Any:
+        first, *rest = self.parameters()
+        return torch.optim.Adam([{"params": [first]}, {"params": rest}])
+
+
+class Regrouped:
+    """What a run is refused with whose optimizer has other groups of parameters than the checkpoint's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, kwargs: dict[str, Any]) -> str:
+        with pytest.raises(ConfigurationError) as raised:
+            L.Trainer(**kwargs, max_epochs=3).fit(OtherGroups(), train_loader(32), ckpt_path=self.path)
+        return str(raised.value)
+
+
+def test_other_groups_of_parameters(runs: Runs) -> None:
+    runs.on(1, SavesBoth(Classifier, runs.folder))
+    told = runs.on(2, Regrouped(runs.folder / "saved-1.ckpt"))
+    assert told[0] == told[1]
+    assert "Adam (optimizer 0) has 2 groups of 1 and" in told[0] and "in the checkpoint 1 group of" in told[0], told[0]
+
+
 class Kept:
     """ModelCheckpoint with all that it can do; another module goes on from the last one."""
 
