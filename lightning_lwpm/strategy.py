@@ -260,7 +260,8 @@ class LWPMStrategy(StatefulStrategy):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
-                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again)
+                in_step = module.automatic_optimization and not self._asynchronous
+                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again, in_step)
                 self._hooks.install()
                 self._join_precision()
             if self._recorder is not None:
@@ -294,7 +295,8 @@ class LWPMStrategy(StatefulStrategy):
             self.setup_optimizers(trainer)
             if self.world_size > 1:
                 check_optimizers(self.optimizers)
-                warn_of_gradients(module, trainer.callbacks)  # type: ignore[attr-defined]
+                if self._asynchronous or not module.automatic_optimization:
+                    warn_of_gradients(module, trainer.callbacks)  # type: ignore[attr-defined]
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
@@ -476,7 +478,8 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        with self.steps.paused():
+        aside = self._hooks.together.aside() if self._hooks is not None else nullcontext()
+        with self.steps.paused(), aside:
             super()._clip_by_norm(optimizer, clip_val)
 
     @override

@@ -111,6 +111,11 @@ class Mailbox:
                 return payload
         raise self._left(source, what)
 
+    def arrives(self, kind: str, key: Any, seconds: float) -> bool:
+        """Whether there is a message to :meth:`take`, or will be within some seconds."""
+        with self._condition:
+            return bool(self._condition.wait_for(lambda: self._letters.get((kind, key)), seconds))
+
     def handle(self, kind: str, handler: Callable[[int, Any, Any], None]) -> None:
         """Let ``handler(source, key, payload)`` answer every request of a kind ("?..."), also those come already."""
         with self._condition:

@@ -1,5 +1,8 @@
 """Placeholders: parameters and buffers that live on another rank: right shape, type and device, no storage."""
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
-__all__ = ["Placeholder", "is_placeholder", "placeholder_like"]
+__all__ = ["Placeholder", "is_placeholder", "placeholder_like", "placeholders_read"]
 
 
 _LEFT = (
@@ -17,11 +20,18 @@ _LEFT = (
     "`if trainer.is_global_zero:`, or pass weights_after_run='all_ranks'."
 )
 
+_ASKED = (
+    "the value of a parameter that lives on another rank of the pipeline was asked for. A hook of the module that rank "
+    "0 runs alone, such as `on_train_batch_end` or `on_train_epoch_end`, can use all."
+)
+
 _SAVED = (
     "a part of the model that lives on another rank of the pipeline was to be saved or sent (pickled), and its values "
     "are not here. While a run lasts, use `trainer.save_checkpoint(...)` or `trainer.strategy.merged_module()` in a "
     "callback, on all ranks, or wait until the run has ended."
 )
+
+_READING = threading.local()
 
 
 class Placeholder(Tensor):
@@ -63,12 +73,7 @@ class Placeholder(Tensor):
         meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
         left = any(placeholder.left for placeholder in found)
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
-            if left:
-                raise ConfigurationError(_LEFT)
-            raise ConfigurationError(
-                "the value of a parameter that lives on another rank of the pipeline was asked for. A hook of the "
-                "module that rank 0 runs alone, such as `on_train_batch_end` or `on_train_epoch_end`, can use all."
-            )
+            raise ConfigurationError(_LEFT if left else _ASKED)
         device = meta_kwargs.get("device")
         if device is not None:
             meta_kwargs = {**meta_kwargs, "device": torch.device("meta")}
@@ -95,6 +100,20 @@ class Placeholder(Tensor):
         for placeholder in tensors(made) if left else ():
             placeholder.left = True  # type: ignore[attr-defined]
         return made
+
+    def numpy(self, **kwargs: Any) -> Any:
+        """Its values as an array, where they can be read; see :func:`placeholders_read`."""
+        return self._values().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        """Its values as Python numbers, where they can be read."""
+        return self._values().tolist()
+
+    def _values(self) -> Tensor:
+        read = getattr(_READING, "read", None)
+        if read is None:
+            raise ConfigurationError(_LEFT if self.left else _ASKED)
+        return read(self)  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Placeholder({tuple(self.shape)}, {self.dtype}, device={self.device})"
@@ -136,6 +155,20 @@ def placeholder_like(tensor: Tensor, device: torch.device | None = None) -> Any:
     shell = tensor.shell if isinstance(tensor, Placeholder) else torch.empty_like(tensor.detach(), device="meta")
     new = Placeholder(shell, device or tensor.device)
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+@contextmanager
+def placeholders_read(read: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let values of placeholders be had as arrays and numbers in this block of this thread.
+
+    Args:
+        read: Gives the values of one.
+    """
+    _READING.read = read
+    try:
+        yield
+    finally:
+        _READING.read = None
 
 
 def is_placeholder(value: Any) -> bool:

@@ -11,7 +11,7 @@ an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -24,14 +24,13 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.functions import written
-from lightning_lwpm.staging.placeholder import Placeholder, placeholder_like
+from lightning_lwpm.staging.placeholder import Placeholder, placeholders_read
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import map_tensors
+from lightning_lwpm.training.gradients import GRAD, lent
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Alone"]
-
-_GRAD = ".grad"  # after a parameter's name
 
 
 class Alone:
@@ -78,7 +77,9 @@ class Alone:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """On rank 0, around a hook in which all others :meth:`listen`; :meth:`end` has to follow."""
-        with self._gradients() as gradients, self._reaching(self._fetch, gradients) as reaching:
+        some = any(parameter.grad is not None for parameter in self.module.parameters())
+        lending = lent(self.module) if some else nullcontext(dict[str, Tensor]())
+        with lending as gradients, self._reaching(self._fetch, gradients) as reaching:
             yield
         self.reached = bool(reaching.fetched)
         for name, values in self._changes(reaching):
@@ -92,25 +93,10 @@ class Alone:
         self.active = True
         names = {id(tensor): name for name, tensor in [*named_tensors(self.module), *gradients.items()]}
         try:
-            with _Reaching(names, fetch) as reaching:
+            with _Reaching(names, fetch) as reaching, placeholders_read(reaching.values):
                 yield reaching
         finally:
             self.active = False
-
-    @contextmanager
-    def _gradients(self) -> Iterator[dict[str, Tensor]]:
-        """Let there be placeholders for the gradients of other ranks, by name, where this rank has gradients."""
-        parameters = list(self.module.named_parameters())
-        lent: dict[str, Tensor] = {}
-        if any(parameter.grad is not None for _, parameter in parameters):
-            lent = {name: p for name, p in parameters if p.requires_grad and isinstance(p, Placeholder)}
-        for parameter in lent.values():
-            parameter.grad = placeholder_like(parameter.detach())
-        try:
-            yield {name + _GRAD: p.grad for name, p in lent.items() if p.grad is not None}
-        finally:
-            for parameter in lent.values():
-                parameter.grad = None
 
     def _changes(self, reaching: "_Reaching") -> Iterator[tuple[str, Tensor]]:
         """What has been written and is held by other ranks too, with its new values."""
@@ -141,7 +127,7 @@ class Alone:
             if kind == "end":
                 return value
             named = named or dict(named_tensors(self.module))
-            holders = self.holders()(name.removesuffix(_GRAD))
+            holders = self.holders()(name.removesuffix(GRAD))
             if kind == "weight" and self.mailbox.rank == min(holders):
                 self.mailbox.post(0, "alone weight", name, _values(named, name))
             elif kind == "changed" and self.mailbox.rank in holders:
@@ -153,7 +139,7 @@ class Alone:
 
     def _fetch(self, name: str, device: torch.device) -> Tensor:
         self._tell(("weight", name, None))
-        owner = min(self.holders()(name.removesuffix(_GRAD)))
+        owner = min(self.holders()(name.removesuffix(GRAD)))
         what = f"the weights '{name}' from rank {owner}, for a hook"
         return to_device(self.mailbox.take("alone weight", name, what, source=owner), device)
 
@@ -177,7 +163,7 @@ class _Reaching(TorchDispatchMode):
         self._written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        real_args, real_kwargs = map_tensors(self._values, (args, kwargs or {}))
+        real_args, real_kwargs = map_tensors(self.values, (args, kwargs or {}))
         out = func(*real_args, **real_kwargs)
         if not func._schema.is_mutable:
             return out
@@ -192,22 +178,23 @@ class _Reaching(TorchDispatchMode):
         before = self._before.get(name)  # batch normalisation does not say that it writes
         return _storage(values) in self._written or (before is not None and not torch.equal(before, values))
 
-    def _values(self, tensor: Tensor) -> Tensor:
+    def values(self, tensor: Tensor) -> Tensor:
+        """The values of a placeholder; any other tensor as it is."""
         name = self.names.get(id(tensor)) if isinstance(tensor, Placeholder) else None
         if name is None:
             return tensor
         if name not in self.fetched:
             self.fetched[name] = self.fetch(name, tensor.device)
-            if not isinstance(tensor, torch.nn.Parameter) and not name.endswith(_GRAD):
+            if not isinstance(tensor, torch.nn.Parameter) and not name.endswith(GRAD):
                 self._before[name] = self.fetched[name].clone()
         return self.fetched[name]
 
 
 def _values(named: Mapping[str, Tensor], name: str) -> Tensor:
     """Those of a parameter or buffer, or of a gradient: zeros where there is none."""
-    if not name.endswith(_GRAD):
+    if not name.endswith(GRAD):
         return named[name].detach()
-    parameter = named[name.removesuffix(_GRAD)]
+    parameter = named[name.removesuffix(GRAD)]
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 

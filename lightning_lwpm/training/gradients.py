@@ -4,7 +4,8 @@ Lightning calls ``training_step``, then ``zero_grad``, then ``backward``; the sc
 Fresh gradients are therefore set aside by swapping pointers, and handed over in ``backward``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch.nn.utils import get_total_norm
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.placeholder import is_placeholder
+from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 
-__all__ = ["Stash", "clip_by_norm", "norm_over_stages"]
+__all__ = ["GRAD", "Stash", "clip_by_norm", "lent", "norm_over_stages"]
+
+GRAD = ".grad"
+"""After the name of a parameter: its gradient."""
 
 
 class Stash:
@@ -57,6 +61,28 @@ class Stash:
                 continue
             parameter.grad = fresh if parameter.grad is None else parameter.grad.add_(fresh)
         self._fresh = []
+
+
+@contextmanager
+def lent(module: nn.Module, lacking: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Let there be placeholders for the gradients of other ranks.
+
+    Args:
+        module: The partitioned model.
+        lacking: Names of parameters that have no gradient where they are.
+
+    Yields:
+        The placeholders by name, with :data:`GRAD` after it.
+    """
+    named = dict(module.named_parameters())
+    taken = {name: p for name, p in named.items() if p.requires_grad and is_placeholder(p) and name not in lacking}
+    for parameter in taken.values():
+        parameter.grad = placeholder_like(parameter.detach())
+    try:
+        yield {name + GRAD: p.grad for name, p in taken.items() if p.grad is not None}
+    finally:
+        for parameter in taken.values():
+            parameter.grad = None
 
 
 @torch.no_grad()

@@ -2,17 +2,19 @@
 
     on_..._batch_end of the module     rank 0; in training, what it logs and sets reaches all at once; in evaluation
                                        no rank waits for it, unless it reaches for weights of others
+    hooks before an optimizer's step   every rank; they may read all gradients and weights (not where batches overlap)
     on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
 
 What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
+What all ranks read: see ``together``.
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -30,12 +32,14 @@ from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.settings import Settings
 from lightning_lwpm.training.tickets import has_tickets
+from lightning_lwpm.training.together import Together
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Hooks"]
 
 _EPOCH_ENDS = ("on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end")
 _BATCH_ENDS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
+_BEFORE_STEPS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 # Lightning sees a process group and cannot know that all ranks hold the same values.
 _ADVICE = r"It is recommended to use `self\.log\(.*sync_dist=True\)`"
 
@@ -49,10 +53,12 @@ class Hooks:
         mailbox: The control connections.
         holders: Gives who holds which weights now.
         before_data: Called before the training data is read.
+        in_step: Whether all ranks come to the hooks before an optimizer's step at the same time.
 
     Attributes:
         alone: The weights in hooks that only rank 0 runs.
         settings: What such hooks, and the ends of steps, set for steps to come.
+        together: The gradients and weights in hooks that every rank runs.
     """
 
     def __init__(
@@ -62,14 +68,17 @@ class Hooks:
         mailbox: Mailbox,
         holders: Callable[[], Holders],
         before_data: Callable[[], None],
+        in_step: bool,
     ) -> None:
-        self.before_data = before_data
+        self.before_data, self.in_step = before_data, in_step
+        self.together = Together(mailbox, module, holders)
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
         self._example: Example | None = None
         self._turn = 0
+        self._replaced: list[_Replaced] = []
         self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
     def install(self) -> None:
@@ -80,6 +89,11 @@ class Hooks:
         for name in _BATCH_ENDS:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
+        for place in self._users() if self.in_step else ():
+            for name in _BEFORE_STEPS:
+                if hasattr(LightningModule if place is self.module else Callback, name) and is_overridden(name, place):
+                    what = f"`{name}` of {type(place).__name__}"
+                    self._replace(name, functools.partial(self._before_step, what), place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
@@ -99,9 +113,9 @@ class Hooks:
     def remove(self) -> None:
         """Put the hooks back."""
         self.show_example()
-        for name in (*_EPOCH_ENDS, *_BATCH_ENDS, BEFORE_TRANSFER):
-            if isinstance(self.module.__dict__.get(name), _Replaced):
-                del self.module.__dict__[name]
+        for replaced in self._replaced:
+            replaced.undo()
+        self._replaced.clear()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if callback is not self._before_callbacks]
         for callback in callbacks:
@@ -116,11 +130,16 @@ class Hooks:
         Args:
             name: The hook that gets them, such as "on_train_batch_end".
         """
+        callbacks = (place for place in self._users() if isinstance(place, Callback))
+        return any(is_overridden(name, callback) for callback in callbacks)
+
+    def _users(self) -> Iterator[LightningModule | Callback]:
+        """The module, and callbacks of the user's own."""
+        yield self.module
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            users = not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm."))
-            if (users or isinstance(callback, LambdaCallback)) and is_overridden(name, callback):
-                return True
-        return False
+            ours = type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm."))
+            if not ours or isinstance(callback, LambdaCallback):
+                yield callback
 
     def share_epoch(self) -> None:
         """Everything that the epoch has logged, from rank 0 to the others."""
@@ -136,9 +155,17 @@ class Hooks:
             if news is not None:
                 self.settings.adopt(news)
 
-    def _replace(self, name: str, run: Callable[..., Any]) -> None:
-        original = getattr(self.module, name)
-        self.module.__dict__[name] = functools.update_wrapper(_Replaced(self.module, name, run, original), original)
+    def _replace(self, name: str, run: Callable[..., Any], place: LightningModule | Callback | None = None) -> None:
+        place = self.module if place is None else place
+        original = getattr(place, name)
+        replaced = _Replaced(place, name, run, original)
+        place.__dict__[name] = functools.update_wrapper(replaced, original)
+        self._replaced.append(replaced)
+
+    def _before_step(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run it on every rank, with all gradients and weights to read."""
+        with self.together.hook(what):
+            return original(*args, **kwargs)
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On rank 0 run it, and give what it has logged and set to the others."""
@@ -207,24 +234,32 @@ class Hooks:
 
 
 class _Replaced:
-    """Stands in for a hook of a module. A copy of the module gets its own hook back."""
+    """Stands in for a hook of a module or callback. A copy of that gets its own hook back."""
 
     __wrapped__: Any  # Lightning looks through it to see whether the user has overridden the hook
 
-    def __init__(self, module: LightningModule, name: str, run: Callable[..., Any], original: Any) -> None:
-        self.module, self.name, self.run, self.original = module, name, run, original
+    def __init__(self, place: LightningModule | Callback, name: str, run: Callable[..., Any], original: Any) -> None:
+        self.place, self.name, self.run, self.original = place, name, run, original
+        self.own = name in vars(place)
+
+    def undo(self) -> None:
+        """Put the hook back."""
+        attributes = vars(self.place)
+        if attributes.get(self.name) is self:
+            del attributes[self.name]
+            attributes.update({self.name: self.original} if self.own else {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.original, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self.module))
+        owner = memo.get(id(self.place))
         if owner is None or not isinstance(self.original, MethodType):
             return self.original
         return MethodType(self.original.__func__, owner)
 
     def __reduce__(self) -> Any:
-        return getattr, (self.module, self.name)
+        return getattr, (self.place, self.name)
 
 
 class _BeforeCallbacks(Callback):

@@ -1,6 +1,7 @@
 """Hooks and callbacks of users: what they see, and that what one decides is decided on every rank."""
 
 import copy
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import grad_norm, rank_zero_only
 from pool import WorkerError
 from torch import nn
@@ -307,6 +308,112 @@ def test_hooks_that_see_a_part_of_the_gradients_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_gradients(Teaching(), [Looker()])
+
+
+class Reading(Classifier):
+    """Hooks that every rank runs read gradients and weights of all layers, in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(3, 3)
+        self.sum = torch.zeros(())
+        self.told: list[Any] = []
+
+    def on_after_backward(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.grad is None:
+                self.told.append(name)
+            else:
+                self.told.append((parameter.grad * 2).abs().max().item())
+                self.sum += parameter.grad.data.norm() + parameter.detach().mean()
+        self.told.append(any(p.grad is not None and p.grad.isnan().any() for p in self.parameters()))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log_dict(grad_norm(self, 2))
+        flat = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+        self.log("noise", flat.std() / nn.utils.parameters_to_vector(self.parameters()).norm())
+        self.told.append(float(nn.utils.clip_grad_norm_(self.parameters(), 0.5)))
+        self.told.append(float(sum(p.grad.square().sum() for p in self.parameters() if p.grad is not None)) ** 0.5)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        self.clip_gradients(optimizer, 0.4, "norm")
+        norms = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        scale = 0.3 / max(float(torch.stack(norms).norm()), 0.3)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        largest = torch.zeros_like(self.head.weight.sum())
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                torch.maximum(largest, parameter.grad.abs().amax(), out=largest)
+        self.told.append(float(largest))
+
+
+class Watching(L.Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("largest", max(p.grad.abs().max() for p in pl_module.parameters() if p.grad is not None))
+
+
+def reading(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Reading()
+    first = LambdaCallback(on_before_optimizer_step=lambda _, m, __: m.told.append(m.inlet.weight.grad.sum().item()))
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [Watching(), first]})
+    trainer.fit(module, train_loader(20), val_loader())
+    assert "on_after_backward" not in vars(module)
+    return metrics(trainer), weights(module), module.sum, module.told
+
+
+def test_hooks_that_every_rank_runs_read_all_gradients(runs: Runs) -> None:
+    alike(runs, reading, worlds=(2, 3))
+
+
+class ReadingAlone(Classifier):
+    """Rank 0 alone reads in one hook, as it does that writes histograms; in another all do."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.told: list[Any] = []
+
+    @rank_zero_only
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            self.told.append(float((parameter.grad.detach().abs() + 1).sum()))
+            self.told.append((parameter.grad.cpu().numpy().sum(), parameter.tolist()))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.told.append([parameter.grad.numpy().max() for parameter in self.parameters()])
+        if self.wrong == "order":
+            names = sorted(dict(self.named_parameters()), reverse=not self.trainer.is_global_zero)
+            self.told.append([self.get_parameter(name).grad.sum().item() for name in names])
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+        if self.wrong == "late" and self.trainer.is_global_zero:
+            self.told.append(grad_norm(self, 2))
+
+
+def reading_alone(kwargs: dict[str, Any], wrong: str) -> Any:
+    L.seed_everything(5)
+    module = ReadingAlone(wrong)
+    L.Trainer(**kwargs | {"max_epochs": 2}).fit(module, train_loader(20))
+    return weights(module), module.told if module.trainer.is_global_zero else []
+
+
+def test_reading_on_one_rank(runs: Runs) -> None:
+    scenario = functools.partial(reading_alone, wrong="")
+    expected = runs.on(0, scenario)[0]
+    for world in (2, 3):
+        found, *others = runs.on(world, scenario)
+        same(expected, found, f"{world} ranks")
+        for other in others:
+            same(expected[0], other[0])
+
+
+@pytest.mark.parametrize(("wrong", "words"), [("order", "in another order than on rank"), ("late", "on one rank only")])
+def test_reading_otherwise_on_one_rank_is_an_error(runs: Runs, wrong: str, words: str) -> None:
+    with pytest.raises(WorkerError, match=rf"`on_before_optimizer_step` of ReadingAlone [^$]* {words}"):
+        runs.on(2, functools.partial(reading_alone, wrong=wrong))
 
 
 class Setting(Classifier):

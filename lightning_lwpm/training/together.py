@@ -1,0 +1,317 @@
+"""Hooks that every rank runs read all gradients and weights: each rank computes what follows from its own, and tells.
+
+::
+
+    the hook, on every rank          the rank that holds p          every other rank
+    -----------------------          ---------------------          ----------------
+    half = p.grad / 2                half                           a placeholder: too large to be sent for nothing
+    norm = half.norm()               norm, sent to the others       norm, taken from the holder
+    self.log("norm", norm)           the same number                the same number
+
+All ranks run the same code, so whoever waits for a number waits for one that the holder comes to, and nobody serves
+requests. What is computed from values of several holders (``torch.cat`` of gradients) is computed everywhere. What one
+rank alone reads (``if trainer.is_global_zero``) it asks for, once the holder waits or has ended the hook.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.pipeline.wire import to_device
+from lightning_lwpm.staging.functions import written
+from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder, placeholders_read
+from lightning_lwpm.staging.placement import named_tensors
+from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.training.gradients import GRAD, lent
+from lightning_lwpm.training.private import taking_norms
+from lightning_lwpm.training.weights import Holders
+
+__all__ = ["Together"]
+
+_SENT = 256
+"""Results of up to so many numbers are sent to the ranks that lack them: norms, means, histograms."""
+_SOON_SECONDS = 0.005
+_ASKED = "?together"
+_OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Together:
+    """The gradients and weights in hooks that every rank runs.
+
+    Args:
+        mailbox: The control connections.
+        module: The partitioned model.
+        holders: Gives who holds what now.
+    """
+
+    def __init__(self, mailbox: Mailbox, module: LightningModule, holders: Callable[[], Holders]) -> None:
+        self.mailbox, self.module, self.holders = mailbox, module, holders
+        self._reading: _Reading | None = None
+        self._turn = 0
+        mailbox.handle(_ASKED, self._give)
+
+    @contextmanager
+    def hook(self, what: str) -> Iterator[None]:
+        """Around a hook; the same on all ranks.
+
+        Args:
+            what: Names it, for people.
+
+        Raises:
+            ConfigurationError: if some things are read on one rank only and their values are there no more.
+        """
+        self._turn += 1
+        named = list(self.module.named_parameters())
+        lacking = [name for name, p in named if p.grad is None and not is_placeholder(p)]
+        all_lacking = self.mailbox.gather(("together", self._turn), lacking, f"all ranks to come to {what}")
+        with lent(self.module, set().union(*all_lacking)) as gradients:
+            own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
+            known = {**dict(named_tensors(self.module)), **own, **gradients}
+            reading = self._reading = _Reading(self.mailbox, self._turn, what, known, self.holders())
+            try:
+                with taking_norms(get_total_norm), reading, placeholders_read(reading.asked):
+                    yield
+                reading.end()
+            finally:
+                self._reading = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around work of the library's own in a hook: it knows what other ranks hold."""
+        if self._reading is not None:
+            self._reading.idle = True
+        try:
+            yield
+        finally:
+            if self._reading is not None:
+                self._reading.idle = False
+
+    def _give(self, source: int, key: Any, name: str) -> None:
+        assert self._reading is not None, "asked for by a rank that this one waits for"
+        self.mailbox.post(source, "values", key[0], self._reading.unchanged(name))
+
+
+class _Reading(TorchDispatchMode):
+    """Computes what follows from tensors of one rank there, and lets the others know small results.
+
+    Every rank counts what all do with these tensors: results told, and changes. One that waits for number 7 from a rank
+    that waits at 7 or later itself, or has ended the hook, is on another path, and asks for the values instead.
+    """
+
+    def __init__(self, mailbox: Mailbox, turn: int, what: str, known: Mapping[str, Tensor], holders: Holders) -> None:
+        super().__init__()
+        self.mailbox, self.turn, self.what, self.known = mailbox, turn, what, known
+        self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
+        self.idle = False
+        self._count = 0.0
+        self._marked = -1.0
+        self._asking = False
+        self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory; `_kept` keeps their ids unique
+        self._kept: list[Tensor] = []
+        self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
+        self._changed: set[int] = set()  # by memory
+        self._told_by: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
+        self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
+        for name, tensor in known.items():
+            if len(owners := frozenset(holders(name.removesuffix(GRAD)))) < mailbox.world:
+                self._note(tensor, owners, name)
+
+    # -- what functions do ---------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.idle:
+            return func(*args, **(kwargs or {}))
+        if func._schema.name.startswith("aten::_foreach") and not func._schema.is_mutable:  # one by one
+            lists = [isinstance(arg, list | tuple) and len(arg) == len(args[0]) for arg in args]
+            out: list[Tensor] = []
+            for i in range(len(args[0])):
+                single = [[arg[i]] if listed else arg for arg, listed in zip(args, lists, strict=True)]
+                out += self._run(func, single, kwargs or {})
+            return out
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        found = {owners for tensor in tensors((args, kwargs)) if (owners := self._of(tensor))}
+        if not found:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return self._write(func, args, kwargs, found)
+        if len(found) > 1:
+            args, kwargs = map_tensors(self._whole, (args, kwargs))
+            return func(*args, **kwargs)
+        return self._read(func, args, kwargs)
+
+    def _write(self, func: Any, args: Any, kwargs: Any, found: set[frozenset[int]]) -> Any:
+        """A function that changes tensors: what is written into one that may be on every rank is sent."""
+        self._count += 1
+        if self._asking:  # others may not have asked yet
+            self._asking = False
+            self._all_reach()
+        targets = written(func, args, kwargs)
+        if any({self._of(target)} != found for target in targets) and len(targets) == 1:
+            args, kwargs = map_tensors(lambda t: t if t is targets[0] else self._whole(t), (args, kwargs))
+        for target in targets:
+            self._origins.pop(id(target), None)
+            self._changed.add(_identity(target))
+        return func(*args, **kwargs)
+
+    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of tensors that the same ranks hold."""
+        owners, device = self._place(args, kwargs)
+        small = any(tag in func.tags for tag in _OF_VALUES)
+        out = None
+        if self.mailbox.rank in owners:
+            out = func(*args, **kwargs)
+        elif not small:
+            on_meta = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+            shells, options = map_tensors(_shell, (args, kwargs))
+            out = map_tensors(lambda shell: Placeholder(shell, device), func(*shells, **{**options, **on_meta}))
+        view = any(result.alias_info is not None for result in func._schema.returns)
+        if small or (not view and all(tensor.numel() <= _SENT for tensor in tensors(out))):
+            return self._share(func, args, kwargs, out)
+        for index, tensor in enumerate(tensors(out)):
+            self._note(tensor, owners, func, args, kwargs, index)
+        return out
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A tensor with values, on every rank."""
+        return self._share(torch.ops.aten.clone.default, (tensor,), {}, tensor) if self._of(tensor) else tensor
+
+    # -- between ranks -------------------------------------------------------------------------------------------
+
+    def _share(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
+        """What a holder has computed, on every rank."""
+        self._count += 1
+        owners, device = self._place(args, kwargs)
+        rank, first = self.mailbox.rank, min(owners)
+        told = (self._count, str(func), tuple(tensors((args, kwargs))[0].shape))
+        if rank == first:
+            data = map_tensors(lambda tensor: tensor.detach(), value)
+            for other in self.others:
+                if other not in owners:
+                    self._post(other, (*told, data))
+        if rank in owners:
+            return value
+        heard = self._hear(first)
+        if heard is None:  # it does no such thing
+            self._count -= 1
+            return func(*map_tensors(self._values, args), **map_tensors(self._values, kwargs))
+        if heard[:3] != told:
+            raise ConfigurationError(
+                f"{self.what} reads gradients or weights on rank {rank} in another order than on rank {first}, which "
+                "holds them: some under `if trainer.is_global_zero`, some not. Let it read the same on every rank, and "
+                "do on one what is done with the numbers; or do it in `on_train_batch_end` of the module."
+            )
+        return map_tensors(lambda tensor: to_device(tensor, device), heard[3])
+
+    def end(self) -> None:
+        """Wait until all ranks have ended the hook."""
+        self._count = math.inf
+        self._all_reach()
+
+    def _all_reach(self) -> None:
+        """Wait until all ranks are as far as this one."""
+        self._mark()
+        for rank in self.others:
+            self._reaches(rank)
+
+    def _hear(self, rank: int) -> Any:
+        """What a rank tells next; ``None`` if it is on another path."""
+        waiting = self._told_by[rank]
+        while not waiting and self._come[rank] < self._count:
+            self._receive(rank)
+        return waiting.popleft() if waiting else None
+
+    def _reaches(self, rank: int) -> None:
+        """Wait until a rank is as far as this one."""
+        while self._come[rank] < self._count:
+            self._receive(rank)
+
+    def _receive(self, rank: int) -> None:
+        key = ("together", (self.turn, rank))
+        if self._marked < self._count and not self.mailbox.arrives(*key, _SOON_SECONDS):
+            self._mark()
+        count, *told = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
+        self._come[rank] = max(self._come[rank], count)
+        if told:
+            self._told_by[rank].append((count, *told))
+
+    def _mark(self) -> None:
+        """Tell all ranks how far this one is."""
+        self._marked = self._count
+        for rank in self.others:
+            self._post(rank, (self._count,))
+
+    def _post(self, rank: int, message: Any) -> None:
+        self.idle = True  # packing is no work of the user's
+        self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), message)
+        self.idle = False
+
+    # -- values that are asked for -------------------------------------------------------------------------------
+
+    def asked(self, tensor: Tensor) -> Tensor:
+        """The values of a placeholder that code wants as they are, which nobody tells it."""
+        if owners := self._of(tensor):
+            self._asking = True
+            self._reaches(min(owners))
+        return self._values(tensor)
+
+    def _values(self, tensor: Tensor) -> Tensor:
+        """The values of a placeholder, from a rank that waits or has ended the hook."""
+        if not is_placeholder(tensor):
+            return tensor
+        origin = self._origins.get(id(tensor), ())
+        if len(origin) == 4:
+            func, args, kwargs, index = origin
+            return tensors(func(*map_tensors(self._values, args), **map_tensors(self._values, kwargs)))[index]
+        values = None
+        if origin:
+            owner = min(self._of(tensor))
+            self.mailbox.post(owner, _ASKED, (self.turn, self.mailbox.rank), origin[0])
+            values = self.mailbox.take("values", self.turn, f"the values of '{origin[0]}' from rank {owner}", owner)
+        if values is None:
+            raise ConfigurationError(
+                f"{self.what} changes gradients or weights, and reads them afterwards on one rank only, such as under "
+                "`if trainer.is_global_zero`. Let it read the same on every rank, or read before it changes them."
+            )
+        return to_device(values, tensor.device)
+
+    def unchanged(self, name: str) -> Tensor | None:
+        """A gradient or weight that this rank holds, unless the hook has changed it."""
+        tensor = self.known[name]
+        return None if _identity(tensor) in self._changed else tensor.detach()
+
+    # -- which tensors -------------------------------------------------------------------------------------------
+
+    def _of(self, tensor: Tensor) -> frozenset[int]:
+        return self._owners.get(_identity(tensor), frozenset())
+
+    def _place(self, args: Any, kwargs: Any) -> tuple[frozenset[int], torch.device]:
+        """Who holds what a function is of, and the device of what it returns."""
+        tensor = next(tensor for tensor in tensors((args, kwargs)) if self._of(tensor))
+        return self._of(tensor), torch.device(kwargs.get("device") or tensor.device)
+
+    def _note(self, tensor: Tensor, owners: frozenset[int], *origin: Any) -> None:
+        self._owners[_identity(tensor)] = owners
+        self._kept.append(tensor)
+        if is_placeholder(tensor):
+            self._origins[id(tensor)] = origin
+
+
+def _identity(tensor: Tensor) -> int:
+    strided = tensor.layout is torch.strided and not is_placeholder(tensor)
+    return tensor.untyped_storage()._cdata if strided else id(tensor)
+
+
+def _shell(tensor: Tensor) -> Tensor:
+    return tensor.shell if isinstance(tensor, Placeholder) else tensor.to("meta")
