@@ -31,7 +31,7 @@ def check_module(module: LightningModule, fitting: bool, first_rank: bool, async
         ConfigurationError: saying what to change.
     """
     name = type(module).__name__
-    if fitting and not any(p.requires_grad for p in module.parameters()):
+    if fitting and next(module.parameters(), None) is None:
         raise ConfigurationError(
             f"{name} has no parameters to train, so there is nothing to partition. Define layers in `__init__`, "
             "`setup` or `configure_model`, or train it without this strategy."

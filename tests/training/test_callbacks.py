@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
@@ -85,6 +86,20 @@ class Backbone(Classifier):
 
 def finetuning(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, seeded(Backbone), BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda _: 1.5))
+
+
+class Thawing(BaseFinetuning):
+    """All is frozen when the model is partitioned."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        self.unfreeze_and_add_param_group(pl_module.blocks if epoch else pl_module.head, optimizer, lr=0.05)
+
+
+def thawing(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, seeded(), Thawing())
 
 
 class Collected(Classifier):
@@ -171,6 +186,7 @@ def keeping(kwargs: dict[str, Any]) -> Any:
         stochastic_average,
         accumulation_in_thirds,
         finetuning,
+        thawing,
         collections,
         other_layers,
         keeping,
