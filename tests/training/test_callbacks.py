@@ -99,7 +99,9 @@ class Thawing(BaseFinetuning):
 
 
 def thawing(kwargs: dict[str, Any]) -> Any:
-    return fit(kwargs, seeded(), Thawing())
+    found = fit(kwargs, seeded(), Thawing())
+    # one device writes them in the order in which they came to be
+    return {**found, "optimizer": dict(sorted(found["optimizer"].items()))}
 
 
 class Collected(Classifier):
