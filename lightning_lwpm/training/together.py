@@ -14,6 +14,7 @@ rank alone reads (``if trainer.is_global_zero``) it asks for, once the holder wa
 """
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ class Together:
                 reading.end()
             finally:
                 self._reading = None
+                reading.close()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -116,15 +118,18 @@ class _Reading(TorchDispatchMode):
         self._count = 0.0
         self._marked = -1.0
         self._asking = False
-        self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory; `_kept` keeps their ids unique
-        self._kept: list[Tensor] = []
+        self._writing = False
+        self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory
+        self._alive: dict[int, list[Any]] = {}  # references to temporary ones
         self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
         self._changed: set[int] = set()  # by memory
         self._told_by: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
         self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
         for name, tensor in known.items():
             if len(owners := frozenset(holders(name.removesuffix(GRAD)))) < mailbox.world:
-                self._note(tensor, owners, name)
+                self._owners[_identity(tensor)] = owners
+                self._origins[id(tensor)] = (name,)
+        self._lasting = frozenset(self._owners)
 
     # -- what functions do ---------------------------------------------------------------------------------------
 
@@ -153,7 +158,8 @@ class _Reading(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, found: set[frozenset[int]]) -> Any:
         """A function that changes tensors: what is written into one that may be on every rank is sent."""
-        self._count += 1
+        self._count += not self._writing  # one after the other count as one: lists of them may be written at once
+        self._writing = True
         if self._asking:  # others may not have asked yet
             self._asking = False
             self._all_reach()
@@ -192,11 +198,12 @@ class _Reading(TorchDispatchMode):
     def _share(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
         """What a holder has computed, on every rank."""
         self._count += 1
+        self._writing = False
         owners, device = self._place(args, kwargs)
         rank, first = self.mailbox.rank, min(owners)
-        told = (self._count, str(func), tuple(tensors((args, kwargs))[0].shape))
+        told = (self._count, tuple(tensors((args, kwargs))[0].shape))
         if rank == first:
-            data = map_tensors(lambda tensor: tensor.detach(), value)
+            data = [tensor.detach() for tensor in tensors(value)] or value
             for other in self.others:
                 if other not in owners:
                     self._post(other, (*told, data))
@@ -206,13 +213,18 @@ class _Reading(TorchDispatchMode):
         if heard is None:  # it does no such thing
             self._count -= 1
             return func(*map_tensors(self._values, args), **map_tensors(self._values, kwargs))
-        if heard[:3] != told:
+        if heard[:2] != told:
             raise ConfigurationError(
                 f"{self.what} reads gradients or weights on rank {rank} in another order than on rank {first}, which "
                 "holds them: some under `if trainer.is_global_zero`, some not. Let it read the same on every rank, and "
                 "do on one what is done with the numbers; or do it in `on_train_batch_end` of the module."
             )
-        return map_tensors(lambda tensor: to_device(tensor, device), heard[3])
+        if not isinstance(heard[2], list):
+            return heard[2]
+        found = [to_device(tensor, device) for tensor in heard[2]]
+        # one rank may have called for a list of tensors what another calls for one
+        listed = len(func._schema.returns) > 1 or func._schema.name.startswith("aten::_foreach")
+        return found if listed else found[0]
 
     def end(self) -> None:
         """Wait until all ranks have ended the hook."""
@@ -302,10 +314,28 @@ class _Reading(TorchDispatchMode):
         return self._of(tensor), torch.device(kwargs.get("device") or tensor.device)
 
     def _note(self, tensor: Tensor, owners: frozenset[int], *origin: Any) -> None:
-        self._owners[_identity(tensor)] = owners
-        self._kept.append(tensor)
+        key = _identity(tensor)
+        if key in self._lasting:
+            return
+        self._owners[key] = owners
         if is_placeholder(tensor):
-            self._origins[id(tensor)] = origin
+            self._origins[key] = origin
+        self._alive.setdefault(key, []).append(weakref.ref(tensor, lambda reference: self._forget(key, reference)))
+
+    def _forget(self, key: int, reference: Any) -> None:
+        """A temporary tensor is gone; others may take its place."""
+        alive = self._alive.get(key, [])
+        if reference in alive:
+            alive.remove(reference)
+        if not alive:
+            self._alive.pop(key, None)
+            self._owners.pop(key, None)
+            self._origins.pop(key, None)
+
+    def close(self) -> None:
+        """Let go of all tensors."""
+        self._alive.clear()
+        self.known = {}
 
 
 def _identity(tensor: Tensor) -> int:

@@ -333,6 +333,8 @@ class Reading(Classifier):
         flat = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
         self.log("noise", flat.std() / nn.utils.parameters_to_vector(self.parameters()).norm())
         self.told.append(float(nn.utils.clip_grad_norm_(self.parameters(), 0.5)))
+        self.told.append(float(nn.utils.clip_grad_norm_(self.head.parameters(), 0.1)))
+        self.told.append(grad_norm(self, 1))
         self.told.append(float(sum(p.grad.square().sum() for p in self.parameters() if p.grad is not None)) ** 0.5)
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
