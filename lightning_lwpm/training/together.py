@@ -59,6 +59,7 @@ class Together:
         self.mailbox, self.module, self.holders = mailbox, module, holders
         self._reading: _Reading | None = None
         self._turn = 0
+        self._small: set[str] = set()
         mailbox.handle(_ASKED, self._give)
 
     @contextmanager
@@ -78,7 +79,8 @@ class Together:
         with lent(self.module, set().union(*all_lacking)) as gradients:
             own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
             known = {**dict(named_tensors(self.module)), **own, **gradients}
-            reading = self._reading = _Reading(self.mailbox, self._turn, what, known, self.holders())
+            reading = _Reading(self.mailbox, self._turn, what, known, self.holders(), self._small)
+            self._reading = reading
             try:
                 with taking_norms(get_total_norm), reading, placeholders_read(reading.asked):
                     yield
@@ -110,8 +112,17 @@ class _Reading(TorchDispatchMode):
     that waits at 7 or later itself, or has ended the hook, is on another path, and asks for the values instead.
     """
 
-    def __init__(self, mailbox: Mailbox, turn: int, what: str, known: Mapping[str, Tensor], holders: Holders) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        turn: int,
+        what: str,
+        known: Mapping[str, Tensor],
+        holders: Holders,
+        small: set[str],
+    ) -> None:
         super().__init__()
+        self.small = small  # forms of functions with small results: shapes take long to compute
         self.mailbox, self.turn, self.what, self.known = mailbox, turn, what, known
         self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
         self.idle = False
@@ -174,16 +185,19 @@ class _Reading(TorchDispatchMode):
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of tensors that the same ranks hold."""
         owners, device = self._place(args, kwargs)
+        key = ""
         small = any(tag in func.tags for tag in _OF_VALUES)
         out = None
         if self.mailbox.rank in owners:
             out = func(*args, **kwargs)
-        elif not small:
+        elif not small and not (small := (key := _form(func, args, kwargs)) in self.small):
             on_meta = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
             shells, options = map_tensors(_shell, (args, kwargs))
             out = map_tensors(lambda shell: Placeholder(shell, device), func(*shells, **{**options, **on_meta}))
         view = any(result.alias_info is not None for result in func._schema.returns)
         if small or (not view and all(tensor.numel() <= _SENT for tensor in tensors(out))):
+            if key:
+                self.small.add(key)
             return self._share(func, args, kwargs, out)
         for index, tensor in enumerate(tensors(out)):
             self._note(tensor, owners, func, args, kwargs, index)
@@ -341,6 +355,11 @@ class _Reading(TorchDispatchMode):
 def _identity(tensor: Tensor) -> int:
     strided = tensor.layout is torch.strided and not is_placeholder(tensor)
     return tensor.untyped_storage()._cdata if strided else id(tensor)
+
+
+def _form(func: Any, args: Any, kwargs: Any) -> str:
+    """What the shape of a function's result follows from."""
+    return str((func, map_tensors(lambda tensor: (tensor.shape, tensor.dtype), (args, kwargs))))  # type: ignore[arg-type, return-value]
 
 
 def _shell(tensor: Tensor) -> Tensor:
