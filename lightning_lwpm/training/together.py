@@ -60,6 +60,7 @@ class Together:
         self._reading: _Reading | None = None
         self._turn = 0
         self._small: set[str] = set()
+        self._held: dict[str, Tensor] = {}
         mailbox.handle(_ASKED, self._give)
 
     @contextmanager
@@ -74,25 +75,27 @@ class Together:
         """
         self._turn += 1
         named = list(self.module.named_parameters())
+        own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
+        self._held = {**dict(named_tensors(self.module)), **own}
         lacking = [name for name, p in named if p.grad is None and not is_placeholder(p)]
         all_lacking = self.mailbox.gather(("together", self._turn), lacking, f"all ranks to come to {what}")
         with lent(self.module, set().union(*all_lacking)) as gradients:
-            own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
-            known = {**dict(named_tensors(self.module)), **own, **gradients}
+            known = {**self._held, **gradients}
             reading = _Reading(self.mailbox, self._turn, what, known, self.holders(), self._small)
             self._reading = reading
             try:
-                with taking_norms(get_total_norm), reading, placeholders_read(reading.asked):
+                with taking_norms(get_total_norm), reading, placeholders_read(reading.values):
                     yield
                 reading.end()
             finally:
-                self._reading = None
+                self._reading, self._held = None, {}
                 reading.close()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around work of the library's own in a hook: it knows what other ranks hold."""
+        """Around the library's own clipping in a hook: it knows what other ranks hold."""
         if self._reading is not None:
+            self._reading.begin_changes()
             self._reading.idle = True
         try:
             yield
@@ -101,15 +104,20 @@ class Together:
                 self._reading.idle = False
 
     def _give(self, source: int, key: Any, name: str) -> None:
-        assert self._reading is not None, "asked for by a rank that this one waits for"
-        self.mailbox.post(source, "values", key[0], self._reading.unchanged(name))
+        """Answer a rank that is in the same hook, which this one has not left."""
+        changed = self._reading is not None and self._reading.written
+        self.mailbox.post(source, "values", key[0], None if changed else self._held[name].detach())
 
 
 class _Reading(TorchDispatchMode):
     """Computes what follows from tensors of one rank there, and lets the others know small results.
 
-    Every rank counts what all do with these tensors: results told, and changes. One that waits for number 7 from a rank
-    that waits at 7 or later itself, or has ended the hook, is on another path, and asks for the values instead.
+    Every rank counts the results that are told. One that waits for number 7 from a rank that waits for 7 or a later one
+    itself, or has ended the hook, is on another path, and asks for the values instead. So does code that wants arrays.
+    Before the first change of a hook all ranks wait for each other, so that what is asked for is what was before it::
+
+        count          count + 0.25                      count + 0.5                     infinity
+        come so far    waits for result count + 1        is about to change something    has ended
     """
 
     def __init__(
@@ -126,14 +134,12 @@ class _Reading(TorchDispatchMode):
         self.mailbox, self.turn, self.what, self.known = mailbox, turn, what, known
         self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
         self.idle = False
-        self._count = 0.0
-        self._marked = -1.0
-        self._asking = False
-        self._writing = False
+        self._count = 0
+        self._at = self._marked = -1.0
+        self.written = False
         self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory
         self._alive: dict[int, list[Any]] = {}  # references to temporary ones
         self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
-        self._changed: set[int] = set()  # by memory
         self._told_by: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
         self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
         for name, tensor in known.items():
@@ -169,17 +175,10 @@ class _Reading(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, found: set[frozenset[int]]) -> Any:
         """A function that changes tensors: what is written into one that may be on every rank is sent."""
-        self._count += not self._writing  # one after the other count as one: lists of them may be written at once
-        self._writing = True
-        if self._asking:  # others may not have asked yet
-            self._asking = False
-            self._all_reach()
+        self.begin_changes()
         targets = written(func, args, kwargs)
         if any({self._of(target)} != found for target in targets) and len(targets) == 1:
             args, kwargs = map_tensors(lambda t: t if t is targets[0] else self._whole(t), (args, kwargs))
-        for target in targets:
-            self._origins.pop(id(target), None)
-            self._changed.add(_identity(target))
         return func(*args, **kwargs)
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -211,22 +210,21 @@ class _Reading(TorchDispatchMode):
 
     def _share(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
         """What a holder has computed, on every rank."""
-        self._count += 1
-        self._writing = False
+        self._at = self._count + 0.25
         owners, device = self._place(args, kwargs)
         rank, first = self.mailbox.rank, min(owners)
-        told = (self._count, tuple(tensors((args, kwargs))[0].shape))
+        told = (self._count + 1, tuple(tensors((args, kwargs))[0].shape))
         if rank == first:
             data = [tensor.detach() for tensor in tensors(value)] or value
             for other in self.others:
                 if other not in owners:
                     self._post(other, (*told, data))
-        if rank in owners:
+        heard: Any = None
+        if rank not in owners and (heard := self._hear(first)) is None:  # it does no such thing
+            return func(*map_tensors(self.values, args), **map_tensors(self.values, kwargs))
+        self._count += 1
+        if heard is None:
             return value
-        heard = self._hear(first)
-        if heard is None:  # it does no such thing
-            self._count -= 1
-            return func(*map_tensors(self._values, args), **map_tensors(self._values, kwargs))
         if heard[:2] != told:
             raise ConfigurationError(
                 f"{self.what} reads gradients or weights on rank {rank} in another order than on rank {first}, which "
@@ -240,32 +238,36 @@ class _Reading(TorchDispatchMode):
         listed = len(func._schema.returns) > 1 or func._schema.name.startswith("aten::_foreach")
         return found if listed else found[0]
 
+    def begin_changes(self) -> None:
+        """Before the first change of gradients or weights wait for all ranks, which may ask for what was before."""
+        if not self.written:
+            self._at = self._count + 0.5
+            self._all_reach()
+            self._count += 1
+            self.written = True
+
     def end(self) -> None:
         """Wait until all ranks have ended the hook."""
-        self._count = math.inf
+        self._at = math.inf
         self._all_reach()
 
     def _all_reach(self) -> None:
         """Wait until all ranks are as far as this one."""
         self._mark()
         for rank in self.others:
-            self._reaches(rank)
+            while self._come[rank] < self._at:
+                self._receive(rank)
 
     def _hear(self, rank: int) -> Any:
         """What a rank tells next; ``None`` if it is on another path."""
         waiting = self._told_by[rank]
-        while not waiting and self._come[rank] < self._count:
+        while not waiting and self._come[rank] < self._at:
             self._receive(rank)
         return waiting.popleft() if waiting else None
 
-    def _reaches(self, rank: int) -> None:
-        """Wait until a rank is as far as this one."""
-        while self._come[rank] < self._count:
-            self._receive(rank)
-
     def _receive(self, rank: int) -> None:
         key = ("together", (self.turn, rank))
-        if self._marked < self._count and not self.mailbox.arrives(*key, _SOON_SECONDS):
+        if self._marked < self._at and not self.mailbox.arrives(*key, _SOON_SECONDS):
             self._mark()
         count, *told = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
         self._come[rank] = max(self._come[rank], count)
@@ -274,9 +276,9 @@ class _Reading(TorchDispatchMode):
 
     def _mark(self) -> None:
         """Tell all ranks how far this one is."""
-        self._marked = self._count
+        self._marked = self._at
         for rank in self.others:
-            self._post(rank, (self._count,))
+            self._post(rank, (self._at,))
 
     def _post(self, rank: int, message: Any) -> None:
         self.idle = True  # packing is no work of the user's
@@ -285,37 +287,26 @@ class _Reading(TorchDispatchMode):
 
     # -- values that are asked for -------------------------------------------------------------------------------
 
-    def asked(self, tensor: Tensor) -> Tensor:
-        """The values of a placeholder that code wants as they are, which nobody tells it."""
-        if owners := self._of(tensor):
-            self._asking = True
-            self._reaches(min(owners))
-        return self._values(tensor)
-
-    def _values(self, tensor: Tensor) -> Tensor:
-        """The values of a placeholder, from a rank that waits or has ended the hook."""
+    def values(self, tensor: Tensor) -> Tensor:
+        """The values of a placeholder, from a rank that holds them and has changed nothing yet."""
         if not is_placeholder(tensor):
             return tensor
         origin = self._origins.get(id(tensor), ())
         if len(origin) == 4:
             func, args, kwargs, index = origin
-            return tensors(func(*map_tensors(self._values, args), **map_tensors(self._values, kwargs)))[index]
+            return tensors(func(*map_tensors(self.values, args), **map_tensors(self.values, kwargs)))[index]
         values = None
-        if origin:
+        if origin and not self.written:
             owner = min(self._of(tensor))
             self.mailbox.post(owner, _ASKED, (self.turn, self.mailbox.rank), origin[0])
             values = self.mailbox.take("values", self.turn, f"the values of '{origin[0]}' from rank {owner}", owner)
         if values is None:
             raise ConfigurationError(
-                f"{self.what} changes gradients or weights, and reads them afterwards on one rank only, such as under "
-                "`if trainer.is_global_zero`. Let it read the same on every rank, or read before it changes them."
+                f"{self.what} changes gradients or weights, and reads them afterwards as arrays or lists (`.numpy()`, "
+                "`.tolist()`), or on one rank only, such as under `if trainer.is_global_zero`. Let it read before it "
+                "changes them, or compute with tensors, the same on every rank."
             )
         return to_device(values, tensor.device)
-
-    def unchanged(self, name: str) -> Tensor | None:
-        """A gradient or weight that this rank holds, unless the hook has changed it."""
-        tensor = self.known[name]
-        return None if _identity(tensor) in self._changed else tensor.detach()
 
     # -- which tensors -------------------------------------------------------------------------------------------
 
