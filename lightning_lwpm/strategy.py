@@ -33,6 +33,7 @@ from lightning_lwpm.training.checks import (
     check_callbacks,
     check_module,
     check_optimizers,
+    users,
     warn_of_batch_norm,
     warn_of_gradients,
 )
@@ -273,8 +274,11 @@ class LWPMStrategy(StatefulStrategy):
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
             common = trainer, module, engine, feed, self._hooks, self.precision_plugin, self._interruption
-            steps = Steps(*common, count, self._overlap, self._least_samples()) if not manual else None
-            self._steps = steps or ManualSteps(*common, self.optimizers)
+            self._steps = (
+                ManualSteps(*common, self.optimizers)
+                if manual
+                else Steps(*common, count, self._overlap, self._least_samples())
+            )
             if self.world_size > 1:
                 self._steps.termination.install()
 
@@ -296,7 +300,7 @@ class LWPMStrategy(StatefulStrategy):
             if self.world_size > 1:
                 check_optimizers(self.optimizers)
                 if self._asynchronous or not module.automatic_optimization:
-                    warn_of_gradients(module, trainer.callbacks)  # type: ignore[attr-defined]
+                    warn_of_gradients(users(module, trainer))
         return self._feed
 
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
@@ -478,8 +482,8 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        aside = self._hooks.together.aside() if self._hooks is not None else nullcontext()
-        with self.steps.paused(), aside:
+        assert self._hooks is not None
+        with self.steps.paused(), self._hooks.together.aside():
             super()._clip_by_norm(optimizer, clip_val)
 
     @override

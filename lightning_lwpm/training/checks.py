@@ -1,11 +1,11 @@
 """Refuses what cannot run on a partitioned model, before anything is changed."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LambdaCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -15,7 +15,18 @@ from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.training.separable import is_separable
 
-__all__ = ["check_callbacks", "check_module", "check_optimizers", "warn_of_batch_norm", "warn_of_gradients"]
+__all__ = [
+    "BEFORE_STEPS",
+    "check_callbacks",
+    "check_module",
+    "check_optimizers",
+    "users",
+    "warn_of_batch_norm",
+    "warn_of_gradients",
+]
+
+BEFORE_STEPS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+"""The hooks in which gradients are looked at before an optimizer's step."""
 
 
 def check_module(module: LightningModule, fitting: bool, first_rank: bool, asynchronous: bool = False) -> None:
@@ -63,17 +74,28 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
             )
 
 
-def warn_of_gradients(module: LightningModule, callbacks: Iterable[object]) -> None:
-    """Say where hooks that every rank runs look at gradients: each rank has those of its own layers.
+def users(module: LightningModule, trainer: Trainer) -> Iterator[LightningModule | Callback]:
+    """The module, and callbacks of the user's own.
 
     Args:
         module: The user's module.
-        callbacks: Those of the trainer.
+        trainer: Its trainer.
     """
-    for place in (module, *callbacks):
-        if type(place).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm.")):
-            continue
-        for hook in ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"):
+    yield module
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        library = type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm."))
+        if not library or isinstance(callback, LambdaCallback):
+            yield callback
+
+
+def warn_of_gradients(places: Iterable[LightningModule | Callback]) -> None:
+    """Say where hooks that every rank runs look at gradients, while each rank has those of its own layers.
+
+    Args:
+        places: The user's module and callbacks.
+    """
+    for place in places:
+        for hook in BEFORE_STEPS:
             code = getattr(getattr(type(place), hook, None), "__code__", None)
             if code is not None and {"grad", "grad_norm"}.intersection(code.co_names):
                 rank_zero_warn(

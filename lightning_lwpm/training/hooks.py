@@ -14,12 +14,12 @@ A hook on the module is replaced on the instance, for the time between ``setup``
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, LambdaCallback, ThroughputMonitor
+from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, ThroughputMonitor
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.training.alone import Alone
+from lightning_lwpm.training.checks import BEFORE_STEPS, users
 from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
@@ -39,7 +40,6 @@ __all__ = ["Hooks"]
 
 _EPOCH_ENDS = ("on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end")
 _BATCH_ENDS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
-_BEFORE_STEPS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 # Lightning sees a process group and cannot know that all ranks hold the same values.
 _ADVICE = r"It is recommended to use `self\.log\(.*sync_dist=True\)`"
 
@@ -89,8 +89,8 @@ class Hooks:
         for name in _BATCH_ENDS:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
-        for place in self._users() if self.in_step else ():
-            for name in _BEFORE_STEPS:
+        for place in users(self.module, self.trainer) if self.in_step else ():
+            for name in BEFORE_STEPS:
                 if hasattr(LightningModule if place is self.module else Callback, name) and is_overridden(name, place):
                     what = f"`{name}` of {type(place).__name__}"
                     self._replace(name, functools.partial(self._before_step, what), place)
@@ -130,16 +130,8 @@ class Hooks:
         Args:
             name: The hook that gets them, such as "on_train_batch_end".
         """
-        callbacks = (place for place in self._users() if isinstance(place, Callback))
+        callbacks = (place for place in users(self.module, self.trainer) if isinstance(place, Callback))
         return any(is_overridden(name, callback) for callback in callbacks)
-
-    def _users(self) -> Iterator[LightningModule | Callback]:
-        """The module, and callbacks of the user's own."""
-        yield self.module
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            ours = type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_lwpm."))
-            if not ours or isinstance(callback, LambdaCallback):
-                yield callback
 
     def share_epoch(self) -> None:
         """Everything that the epoch has logged, from rank 0 to the others."""

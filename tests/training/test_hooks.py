@@ -304,10 +304,10 @@ class Norms(L.Callback):
 
 def test_hooks_that_see_a_part_of_the_gradients_are_named() -> None:
     with pytest.warns(UserWarning, match=r"`on_before_optimizer_step` of Norms.*`on_train_batch_end`"):
-        warn_of_gradients(Classifier(), [Norms()])
+        warn_of_gradients([Classifier(), Norms()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_gradients(Teaching(), [Looker()])
+        warn_of_gradients([Teaching(), Looker()])
 
 
 class Reading(Classifier):
