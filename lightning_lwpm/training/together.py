@@ -13,9 +13,7 @@ requests. What is computed from values of several holders (``torch.cat`` of grad
 rank alone reads (``if trainer.is_global_zero``) it asks for, once the holder waits or has ended the hook.
 """
 
-import math
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +32,7 @@ from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder, plac
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import map_tensors, tensors
 from lightning_lwpm.training.gradients import GRAD, lent
+from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.private import taking_norms
 from lightning_lwpm.training.weights import Holders
 
@@ -41,7 +40,6 @@ __all__ = ["Together"]
 
 _SENT = 256
 """Results of up to so many numbers are sent to the ranks that lack them: norms, means, histograms."""
-_SOON_SECONDS = 0.005
 _ASKED = "?together"
 _OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -81,12 +79,13 @@ class Together:
         all_lacking = self.mailbox.gather(("together", self._turn), lacking, f"all ranks to come to {what}")
         with lent(self.module, set().union(*all_lacking)) as gradients:
             known = {**self._held, **gradients}
-            reading = _Reading(self.mailbox, self._turn, what, known, self.holders(), self._small)
+            lockstep = Lockstep(self.mailbox, self._turn, what)
+            reading = _Reading(lockstep, known, self.holders(), self._small)
             self._reading = reading
             try:
                 with taking_norms(get_total_norm), reading, placeholders_read(reading.values):
                     yield
-                reading.end()
+                lockstep.end()
             finally:
                 self._reading, self._held = None, {}
                 reading.close()
@@ -95,7 +94,7 @@ class Together:
     def aside(self) -> Iterator[None]:
         """Around the library's own clipping in a hook: it knows what other ranks hold."""
         if self._reading is not None:
-            self._reading.begin_changes()
+            self._reading.lockstep.begin_changes()
             self._reading.idle = True
         try:
             yield
@@ -105,45 +104,32 @@ class Together:
 
     def _give(self, source: int, key: Any, name: str) -> None:
         """Answer a rank that is in the same hook, which this one has not left."""
-        changed = self._reading is not None and self._reading.written
+        changed = self._reading is not None and self._reading.lockstep.changing
         self.mailbox.post(source, "values", key[0], None if changed else self._held[name].detach())
 
 
 class _Reading(TorchDispatchMode):
     """Computes what follows from tensors of one rank there, and lets the others know small results.
 
-    Every rank counts the results that are told. One that waits for number 7 from a rank that waits for 7 or a later one
-    itself, or has ended the hook, is on another path, and asks for the values instead. So does code that wants arrays.
-    Before the first change of a hook all ranks wait for each other, so that what is asked for is what was before it::
-
-        count          count + 0.25                      count + 0.5                     infinity
-        come so far    waits for result count + 1        is about to change something    has ended
+    What this rank wants of another that goes on another path, and what code wants as arrays, it asks for.
     """
 
     def __init__(
         self,
-        mailbox: Mailbox,
-        turn: int,
-        what: str,
+        lockstep: Lockstep,
         known: Mapping[str, Tensor],
         holders: Holders,
         small: set[str],
     ) -> None:
         super().__init__()
         self.small = small  # forms of functions with small results: shapes take long to compute
-        self.mailbox, self.turn, self.what, self.known = mailbox, turn, what, known
-        self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
+        self.lockstep, self.mailbox, self.known = lockstep, lockstep.mailbox, known
         self.idle = False
-        self._count = 0
-        self._at = self._marked = -1.0
-        self.written = False
         self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory
         self._alive: dict[int, list[Any]] = {}  # references to temporary ones
         self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
-        self._told_by: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
-        self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
         for name, tensor in known.items():
-            if len(owners := frozenset(holders(name.removesuffix(GRAD)))) < mailbox.world:
+            if len(owners := frozenset(holders(name.removesuffix(GRAD)))) < self.mailbox.world:
                 self._owners[_identity(tensor)] = owners
                 self._origins[id(tensor)] = (name,)
         self._lasting = frozenset(self._owners)
@@ -175,7 +161,7 @@ class _Reading(TorchDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, found: set[frozenset[int]]) -> Any:
         """A function that changes tensors: what is written into one that may be on every rank is sent."""
-        self.begin_changes()
+        self.lockstep.begin_changes()
         targets = written(func, args, kwargs)
         if any({self._of(target)} != found for target in targets) and len(targets) == 1:
             args, kwargs = map_tensors(lambda t: t if t is targets[0] else self._whole(t), (args, kwargs))
@@ -210,80 +196,32 @@ class _Reading(TorchDispatchMode):
 
     def _share(self, func: Any, args: Any, kwargs: Any, value: Any) -> Any:
         """What a holder has computed, on every rank."""
-        self._at = self._count + 0.25
         owners, device = self._place(args, kwargs)
         rank, first = self.mailbox.rank, min(owners)
-        told = (self._count + 1, tuple(tensors((args, kwargs))[0].shape))
+        form = tuple(tensors((args, kwargs))[0].shape)
         if rank == first:
             data = [tensor.detach() for tensor in tensors(value)] or value
-            for other in self.others:
-                if other not in owners:
-                    self._post(other, (*told, data))
-        heard: Any = None
-        if rank not in owners and (heard := self._hear(first)) is None:  # it does no such thing
+            self.lockstep.tell((other for other in self.lockstep.others if other not in owners), (form, data))
+        heard = None
+        if rank not in owners and (heard := self.lockstep.hear(first)) is None:  # it does no such thing
             return func(*map_tensors(self.values, args), **map_tensors(self.values, kwargs))
-        self._count += 1
+        self.lockstep.advance()
         if heard is None:
             return value
-        if heard[:2] != told:
+        number, (told, data) = heard
+        if (number, told) != (self.lockstep.count, form):
             raise ConfigurationError(
-                f"{self.what} reads gradients or weights on rank {rank} in another order than on rank {first}, which "
-                "holds them: some under `if trainer.is_global_zero`, some not. Let it read the same on every rank, and "
-                "do on one what is done with the numbers; or do it in `on_train_batch_end` of the module."
+                f"{self.lockstep.what} reads gradients or weights on rank {rank} in another order than on rank "
+                f"{first}, which holds them: some under `if trainer.is_global_zero`, some not. Let it read the same on "
+                "every rank, and do on one what is done with the numbers; or do it in `on_train_batch_end` of the "
+                "module."
             )
-        if not isinstance(heard[2], list):
-            return heard[2]
-        found = [to_device(tensor, device) for tensor in heard[2]]
+        if not isinstance(data, list):
+            return data
+        found = [to_device(tensor, device) for tensor in data]
         # one rank may have called for a list of tensors what another calls for one
         listed = len(func._schema.returns) > 1 or func._schema.name.startswith("aten::_foreach")
         return found if listed else found[0]
-
-    def begin_changes(self) -> None:
-        """Before the first change of gradients or weights wait for all ranks, which may ask for what was before."""
-        if not self.written:
-            self._at = self._count + 0.5
-            self._all_reach()
-            self._count += 1
-            self.written = True
-
-    def end(self) -> None:
-        """Wait until all ranks have ended the hook."""
-        self._at = math.inf
-        self._all_reach()
-
-    def _all_reach(self) -> None:
-        """Wait until all ranks are as far as this one."""
-        self._mark()
-        for rank in self.others:
-            while self._come[rank] < self._at:
-                self._receive(rank)
-
-    def _hear(self, rank: int) -> Any:
-        """What a rank tells next; ``None`` if it is on another path."""
-        waiting = self._told_by[rank]
-        while not waiting and self._come[rank] < self._at:
-            self._receive(rank)
-        return waiting.popleft() if waiting else None
-
-    def _receive(self, rank: int) -> None:
-        key = ("together", (self.turn, rank))
-        if self._marked < self._at and not self.mailbox.arrives(*key, _SOON_SECONDS):
-            self._mark()
-        count, *told = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
-        self._come[rank] = max(self._come[rank], count)
-        if told:
-            self._told_by[rank].append((count, *told))
-
-    def _mark(self) -> None:
-        """Tell all ranks how far this one is."""
-        self._marked = self._at
-        for rank in self.others:
-            self._post(rank, (self._at,))
-
-    def _post(self, rank: int, message: Any) -> None:
-        self.idle = True  # packing is no work of the user's
-        self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), message)
-        self.idle = False
 
     # -- values that are asked for -------------------------------------------------------------------------------
 
@@ -296,15 +234,15 @@ class _Reading(TorchDispatchMode):
             func, args, kwargs, index = origin
             return tensors(func(*map_tensors(self.values, args), **map_tensors(self.values, kwargs)))[index]
         values = None
-        if origin and not self.written:
+        if origin and not self.lockstep.changing:
             owner = min(self._of(tensor))
-            self.mailbox.post(owner, _ASKED, (self.turn, self.mailbox.rank), origin[0])
-            values = self.mailbox.take("values", self.turn, f"the values of '{origin[0]}' from rank {owner}", owner)
+            self.mailbox.post(owner, _ASKED, (self.lockstep.turn, self.mailbox.rank), origin[0])
+            values = self.mailbox.take("values", self.lockstep.turn, f"'{origin[0]}' from rank {owner}", owner)
         if values is None:
             raise ConfigurationError(
-                f"{self.what} changes gradients or weights, and reads them afterwards as arrays or lists (`.numpy()`, "
-                "`.tolist()`), or on one rank only, such as under `if trainer.is_global_zero`. Let it read before it "
-                "changes them, or compute with tensors, the same on every rank."
+                f"{self.lockstep.what} changes gradients or weights, and reads them afterwards as arrays or lists "
+                "(`.numpy()`, `.tolist()`), or on one rank only, such as under `if trainer.is_global_zero`. Let it "
+                "read before it changes them, or compute with tensors, the same on every rank."
             )
         return to_device(values, tensor.device)
 

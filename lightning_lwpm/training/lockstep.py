@@ -1,0 +1,95 @@
+"""Ranks that run the same code tell each other results, and notice where one of them is on another path.
+
+Every rank counts the results that are told, its own and those of others. One that waits for number 7 from a rank that
+waits for 7 or a later one itself, or has ended, is on another path. Before the first change of what is read all wait
+for each other::
+
+    count          count + 0.25                      count + 0.5                     infinity
+    come so far    waits for result count + 1        is about to change something    has ended
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_lwpm.pipeline.mailbox import Mailbox
+
+__all__ = ["Lockstep"]
+
+_SOON_SECONDS = 0.005  # one that waits longer tells how far it is
+
+
+class Lockstep:
+    """What one rank hears of the others in a piece of code that all run.
+
+    Args:
+        mailbox: The control connections.
+        turn: Numbers the pieces of code, the same on all ranks.
+        what: Names the piece, for people.
+
+    Attributes:
+        count: The results told so far, and one for the beginning of changes.
+        changing: Whether the first change has come.
+    """
+
+    def __init__(self, mailbox: Mailbox, turn: int, what: str) -> None:
+        self.mailbox, self.turn, self.what = mailbox, turn, what
+        self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
+        self.count, self.changing = 0, False
+        self._at = self._marked = -1.0
+        self._told: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
+        self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
+
+    def tell(self, ranks: Iterable[int], value: Any) -> None:
+        """Tell some ranks the next result; :meth:`advance` follows."""
+        for rank in ranks:
+            self._post(rank, (self.count + 1, value))
+
+    def hear(self, rank: int) -> tuple[int, Any] | None:
+        """What a rank tells next, and as which result; ``None`` if it is on another path. :meth:`advance` follows."""
+        self._at = self.count + 0.25
+        told = self._told[rank]
+        while not told and self._come[rank] < self._at:
+            self._receive(rank)
+        return told.popleft() if told else None
+
+    def advance(self) -> None:
+        """A result has been told or heard."""
+        self.count += 1
+
+    def begin_changes(self) -> None:
+        """Before the first change wait for all ranks, which may ask for what was before."""
+        if not self.changing:
+            self._all_reach(self.count + 0.5)
+            self.count += 1
+            self.changing = True
+
+    def end(self) -> None:
+        """Wait until all ranks have ended."""
+        self._all_reach(math.inf)
+
+    def _all_reach(self, at: float) -> None:
+        self._at = at
+        self._mark()
+        for rank in self.others:
+            while self._come[rank] < at:
+                self._receive(rank)
+
+    def _receive(self, rank: int) -> None:
+        key = ("together", (self.turn, rank))
+        if self._marked < self._at and not self.mailbox.arrives(*key, _SOON_SECONDS):
+            self._mark()
+        count, *value = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
+        self._come[rank] = max(self._come[rank], count)
+        if value:
+            self._told[rank].append((count, *value))
+
+    def _mark(self) -> None:
+        """Tell all ranks how far this one is."""
+        self._marked = self._at
+        for rank in self.others:
+            self._post(rank, (self._at,))
+
+    def _post(self, rank: int, message: Any) -> None:
+        self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), message)
