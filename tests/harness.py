@@ -1,6 +1,7 @@
 """Runs a step under the pipeline's engine without Lightning, and the same on one device, to compare."""
 
 import copy
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from simulated import use
 from torch import nn
 
 from lightning_lwpm.partition.apply import make_layout
 from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import probe
+from lightning_lwpm.pipeline.carrier import connect as carry_tensors
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
@@ -30,8 +33,16 @@ Step = Callable[[nn.Module, Any], torch.Tensor]
 Schedule = str | Callable[[int], Table]
 
 
+def carried(mailbox: Mailbox) -> Transport:
+    """The connections for data of this rank: of the CPU, or of the devices that ``LWPM_TEST_DEVICE`` names."""
+    kind = os.environ.get("LWPM_TEST_DEVICE")
+    if not kind:
+        return Transport(mailbox)
+    return carry_tensors(mailbox, use(kind, mailbox.rank))
+
+
 def connect(
-    rank: int, world: int, patience: float = 5.0, carry: Callable[[Mailbox], Transport] = Transport
+    rank: int, world: int, patience: float = 5.0, carry: Callable[[Mailbox], Transport] = carried
 ) -> tuple[Mailbox, Transport | None]:
     """The connections of one rank; ``carry`` makes those for data."""
     if world == 1:
@@ -57,7 +68,7 @@ def engine(
     schedule: Schedule = "1f1b",
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
-    carry: Callable[[Mailbox], Transport] = Transport,
+    carry: Callable[[Mailbox], Transport] = carried,
     layers_draw: bool = False,
 ) -> Engine:
     """An engine for ``model`` over ``world`` ranks, which all build the same model.
@@ -88,7 +99,7 @@ def train_pipelined(
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     placement: Sequence[int] | None = None,
     checkpointing: str = "none",
-    carry: Callable[[Mailbox], Transport] = Transport,
+    carry: Callable[[Mailbox], Transport] = carried,
     layers_draw: bool = False,
 ) -> dict[str, Any]:
     """Train over a pipeline; returns losses, the gradients and weights held here, and the layout."""
@@ -126,7 +137,7 @@ def train_pipelined(
     buffers = {n: b.clone() for n, b in model.named_buffers() if type(b) is torch.Tensor}
     run.mailbox.gather("end", None)
     run.mailbox.close()
-    return {
+    found = {
         "start": start,
         "losses": losses,
         "gradients": gradients,
@@ -138,6 +149,12 @@ def train_pipelined(
         "stages": run.stages,
         "last": run.last,
     }
+    return on_host(found)
+
+
+def on_host(found: dict[str, Any]) -> dict[str, Any]:
+    """Results with all tensors on the CPU."""
+    return map_tensors(lambda tensor: tensor.cpu(), found)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -169,9 +186,12 @@ def train_single(
     batches: list[Any],
     num_microbatches: int = 4,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-    device: str = "cpu",
+    device: str = "",
 ) -> dict[str, Any]:
     """The reference: one device that accumulates the same micro-batches."""
+    if not device:
+        kind = os.environ.get("LWPM_TEST_DEVICE")
+        device = str(use(kind, 0)) if kind else "cpu"
     torch.set_num_threads(1)  # as in the workers: the number of threads decides the order of sums
     torch.manual_seed(0)
     model = build().to(device)
@@ -194,10 +214,11 @@ def train_single(
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         if optim:
             optim.step()
-    return {
+    found = {
         "start": start,
         "losses": losses,
         "gradients": gradients,
         "weights": {n: p.detach() for n, p in model.named_parameters()},
         "buffers": dict(model.named_buffers()),
     }
+    return on_host(found)

@@ -1,5 +1,6 @@
 """Runs the same Lightning code on one device and under the strategy on several ranks, to compare."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,9 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from pool import Pool
+from simulated import NAME, use
+from simulated.accelerator import Simulated
 
 from lightning_lwpm import LWPMStrategy
+from lightning_lwpm.staging.tree import map_tensors
 
 Scenario = Callable[[dict[str, Any]], Any]
 
@@ -29,11 +34,21 @@ def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: di
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+    if os.environ.get("LWPM_TEST_DEVICE") == NAME:
+        use(NAME, rank)
+        kwargs["accelerator"] = Simulated()
+        if options is None:
+            kwargs["strategy"] = SingleDeviceStrategy(f"{NAME}:0")
     try:
-        return scenario(kwargs)
+        return to_host(scenario(kwargs))
     finally:
         if options is not None and strategy._mailbox is not None:
             strategy._mailbox.close()
+
+
+def to_host(result: Any) -> Any:
+    """What a scenario found, with tensors on the CPU."""
+    return map_tensors(lambda tensor: tensor.cpu(), result)
 
 
 class Runs:

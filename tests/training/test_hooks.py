@@ -280,7 +280,7 @@ class Teaching(Classifier):
 
     def on_train_epoch_end(self) -> None:
         self.count += 1
-        self.log("sampled", self(data().tensors[0]).std())  # batch normalisation counts it
+        self.log("sampled", self(data().tensors[0].to(self.device)).std())  # batch normalisation counts it
         self.log("size", sum(parameter.square().sum() for parameter in self.parameters()))
         assert self.trainer.log_dir == self.trainer.default_root_dir
 
@@ -325,7 +325,7 @@ class Reading(Classifier):
                 self.told.append(name)
             else:
                 self.told.append((parameter.grad * 2).abs().max().item())
-                self.sum += parameter.grad.data.norm() + parameter.detach().mean()
+                self.sum += (parameter.grad.data.norm() + parameter.detach().mean()).cpu()
         self.told.append(any(p.grad is not None and p.grad.isnan().any() for p in self.parameters()))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -385,7 +385,7 @@ class ReadingAlone(Classifier):
             self.told.append((parameter.grad.cpu().numpy().sum(), parameter.tolist()))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.told.append([parameter.grad.numpy().max() for parameter in self.parameters()])
+        self.told.append([parameter.grad.cpu().numpy().max() for parameter in self.parameters()])
         if self.trainer.is_global_zero:  # what all do next waits for it
             self.told.append(self.inlet.weight.grad.norm().item())
         if self.wrong == "order":
