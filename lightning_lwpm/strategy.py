@@ -52,7 +52,7 @@ from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.stateful import StatefulStrategy
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.termination import Interruption, OrderlyInterrupt
-from lightning_lwpm.training.weights import Holders, copies, gather, holders, move
+from lightning_lwpm.training.weights import Holders, copies, gather, holders, move, to_host
 from lightning_lwpm.tuning.devices import free_bytes
 from lightning_lwpm.tuning.optimizer_state import state_factor
 from lightning_lwpm.tuning.predict import table_of
@@ -290,6 +290,8 @@ class LWPMStrategy(StatefulStrategy):
         if self.world_size > 1:
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         initialise(module)
+        if self.world_size > 1:
+            to_host(module)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least

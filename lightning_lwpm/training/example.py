@@ -5,12 +5,14 @@ Summaries and loggers of graphs run the model on it outside any step, which a pa
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lwpm.staging.lazy import is_lazy
+from lightning_lwpm.training.private import said_to_be_on
 
 __all__ = ["Example", "log_graphs"]
 
@@ -26,8 +28,9 @@ def log_graphs(trainer: Trainer, module: LightningModule) -> None:
         if module.example_input_array is not None:
             rank_zero_info("no graph of the model is logged: it is built in parts, which no rank holds together")
         return
-    for logger in trainer.loggers:
-        logger.log_graph(module)
+    with said_to_be_on(module, torch.device("cpu")):
+        for logger in trainer.loggers:
+            logger.log_graph(module)
 
 
 class Example:

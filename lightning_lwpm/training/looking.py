@@ -1,4 +1,8 @@
-"""Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace."""
+"""Looks at the user's step before the model is partitioned: one run of it on rank 0's host, without a trace.
+
+Where the host cannot run it (kernels that only the accelerator has, ``.cuda()`` in a step), the accelerator does, as
+long as the whole model finds room there.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -6,18 +10,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.partition.undo import generators_kept, undone
 from lightning_lwpm.staging.batch import Batch
+from lightning_lwpm.staging.lazy import is_lazy
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.metrics import metrics_of
-from lightning_lwpm.training.private import first_loaders, set_up_training_data
+from lightning_lwpm.training.private import first_loaders, said_to_be_on, set_up_training_data
 from lightning_lwpm.training.pulled import Pulled
 
 __all__ = ["STEPS", "Onlooker"]
@@ -39,11 +46,14 @@ class Onlooker:
         module: The whole model, in host memory.
         feed: Reads the first batch.
         name: The step.
+        device: The device of this rank.
         reads: Whether this rank looks; the others only set up their loaders.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, feed: Feed, name: str, reads: bool) -> None:
-        self.trainer, self.module, self.feed, self.name = trainer, module, feed, name
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, feed: Feed, name: str, device: torch.device, reads: bool
+    ) -> None:
+        self.trainer, self.module, self.feed, self.name, self.device = trainer, module, feed, name, device
         self.reads, self.train = reads, name == "training_step"
         self.inside_fit = trainer.state.fn == TrainerFn.FITTING and not self.train
         with self._stage():
@@ -66,8 +76,23 @@ class Onlooker:
         """
         if self.batch is None:
             return None
+        try:
+            return self._look(count, _HOST)
+        except Exception as error:
+            if self.device == _HOST or any(map(is_lazy, self.module.parameters())):
+                raise
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            rank_zero_info(f"`{self.name}` does not run on the host ({reason}): it is looked at on {self.device}")
+            try:
+                return self._look(count, self.device)
+            except torch.OutOfMemoryError:
+                error.add_note(f"The model was looked at on the host because it does not fit on {self.device} whole.")
+                raise error from None
+
+    def _look(self, count: int, device: torch.device) -> Probe:
         module, trainer, train = self.module, self.trainer, self.train
-        micro = Batch.of(self.batch, count if train else 1).microbatch(0, private=True)
+        batch = move_data_to_device(self.batch, device)
+        micro = Batch.of(batch, count if train else 1).microbatch(0, private=True)
         step = getattr(module, self.name)
         kwargs: dict[str, Any] = {}
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
@@ -80,7 +105,13 @@ class Onlooker:
         module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
         loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
         try:
-            with self._stage(), torch.set_grad_enabled(train), self.context(), self._unoptimized():
+            with (
+                self._stage(),
+                self._on(device),
+                torch.set_grad_enabled(train),
+                self.context(),
+                self._unoptimized(),
+            ):
                 pulls = self.feed.loop.pulls()
                 seen = self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))
         finally:
@@ -148,6 +179,17 @@ class Onlooker:
 
     def _unoptimized(self) -> AbstractContextManager[None]:
         return nullcontext() if self.module.automatic_optimization else _unoptimized(self.trainer, self.module)
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        with said_to_be_on(self.module, device), generators_kept(device):
+            if device == _HOST:
+                yield
+                return
+            try:
+                yield self.module.to(device)
+            finally:
+                self.module.cpu()
 
     def _stage(self) -> Any:
         return _validating(self.trainer) if self.inside_fit else nullcontext()

@@ -72,7 +72,8 @@ class Planner:
             return _whole(module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         wish = self._shared("wish", wish.resolved() if self.mailbox.rank == 0 else None, "what was asked for")
-        first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], self.mailbox.rank == 0)  # type: ignore[index]
+        name, reads = STEPS[trainer.state.fn], self.mailbox.rank == 0  # type: ignore[index]
+        first = Onlooker(trainer, module, feed, name, self.device, reads)
         known = self._recall(module, fitting)
         if known is None:
             known = self._learn(first, wish, [self.mailbox.world])
@@ -81,7 +82,7 @@ class Planner:
             self._known = known
         if _unseen(module, known.seen):
             validates = fitting and trainer.enable_validation
-            other = Onlooker(trainer, module, feed, "validation_step", first.reads) if validates else first
+            other = Onlooker(trainer, module, feed, "validation_step", self.device, first.reads) if validates else first
             if other.name not in known.steps:
                 known.steps.add(other.name)
                 seen = self._ask(other, 1)
@@ -114,7 +115,7 @@ class Planner:
         Raises:
             ConfigurationError: if there is no batch to look at.
         """
-        first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], reads=True)  # type: ignore[index]
+        first = Onlooker(trainer, module, feed, STEPS[trainer.state.fn], self.device, reads=True)  # type: ignore[index]
         known = self._learn(first, wish, devices)
         if known is None:
             raise ConfigurationError("the data loader gives no batch, so there is nothing to look at")

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch.trainer.trainer
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import _PATH
@@ -51,6 +52,7 @@ __all__ = [
     "optimizers_to_device",
     "replace_sigterm",
     "restoring",
+    "said_to_be_on",
     "saves_every",
     "set_up_training_data",
     "skips_backward",
@@ -73,6 +75,20 @@ TunerExit = _TunerExitException
 
 # The loops call it on each batch before `batch_to_device`; what stands for a batch must not reach the user's hook.
 BEFORE_TRANSFER = "_on_before_batch_transfer"
+
+
+@contextmanager
+def said_to_be_on(module: LightningModule, device: torch.device) -> Iterator[None]:
+    """Let ``self.device`` be another one: Lightning names the accelerator before weights go there."""
+    parts = [part for part in module.modules() if isinstance(part, _DeviceDtypeModuleMixin)]
+    before = [part._device for part in parts]
+    for part in parts:
+        part._device = device
+    try:
+        yield
+    finally:
+        for part, said in zip(parts, before, strict=True):
+            part._device = said
 
 
 def before_transfer(module: LightningModule, batch: Any, dataloader_idx: int) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Layout
@@ -14,10 +15,20 @@ from lightning_lwpm.staging.placement import named_tensors, place
 from lightning_lwpm.state.merge import merge_checkpoint
 from lightning_lwpm.state.tree import replaced
 
-__all__ = ["Holders", "copies", "gather", "holders", "merged_copy", "move"]
+__all__ = ["Holders", "copies", "gather", "holders", "merged_copy", "move", "to_host"]
 
 Holders = Callable[[str], Collection[int]]
 """From the name of a parameter or buffer to the ranks that hold its values."""
+
+
+def to_host(module: nn.Module) -> None:
+    """Bring what is elsewhere to the host, where the model is looked at whole; tensors stay the same objects."""
+    for _, tensor in named_tensors(module):
+        if tensor.device.type not in ("cpu", "meta"):
+            tensor.data = tensor.data.cpu()
+    for part in module.modules():
+        if isinstance(part, Metric):
+            part.to("cpu")
 
 
 def holders(layout: Layout | None, world: int) -> Holders:

@@ -39,6 +39,9 @@ class _Module:
     def device_count(self) -> int:
         return 4
 
+    def get_device_name(self, device: Any = None) -> str:
+        return "simulated"
+
     def _is_in_bad_fork(self) -> bool:
         return False
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from simulated import NAME, use
 from typing_extensions import override
+
+from simulated import NAME, use
 
 __all__ = ["Simulated"]
 

@@ -21,7 +21,9 @@ from lightning_lwpm.staging.tree import map_tensors
 Scenario = Callable[[dict[str, Any]], Any]
 
 
-def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None) -> Any:
+def run_here(
+    rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None, kind: str
+) -> Any:
     """Run a scenario in a worker; ``options`` of the strategy, or ``None`` for stock Lightning."""
     strategy: Any = "auto" if options is None else LWPMStrategy(**{"patience": 5, "costs": "estimated", **options})
     kwargs = {
@@ -34,7 +36,7 @@ def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: di
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    if os.environ.get("LWPM_TEST_DEVICE") == NAME:
+    if kind == NAME:
         use(NAME, rank)
         kwargs["accelerator"] = Simulated()
         if options is None:
@@ -52,10 +54,15 @@ def to_host(result: Any) -> Any:
 
 
 class Runs:
-    """Runs scenarios; what one device gave is kept for the next comparison."""
+    """Runs scenarios; what one device gave is kept for the next comparison.
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    Args:
+        pool: The workers.
+        kind: The type of their devices, by default as ``LWPM_TEST_DEVICE`` says.
+    """
+
+    def __init__(self, pool: Pool, kind: str = os.environ.get("LWPM_TEST_DEVICE", "cpu")) -> None:
+        self.pool, self.kind = pool, kind
         self.folder = Path(tempfile.mkdtemp(prefix="lwpm-runs-"))
         self._known: dict[Any, Any] = {}
 
@@ -65,8 +72,8 @@ class Runs:
         path = self.folder / name
         path.mkdir(exist_ok=True)
         options = {"num_microbatches": num_microbatches, **options}
-        arguments = (scenario, str(path), options if world else None)
-        return self.pool.run(max(1, world), run_here, *arguments, timeout=60)
+        arguments = (scenario, str(path), options if world else None, self.kind)
+        return self.pool.run(max(1, world), run_here, *arguments, timeout=60 if self.kind == "cpu" else 240)
 
     def one(self, scenario: Scenario, num_microbatches: int = 1, **options: Any) -> Any:
         """One device: stock Lightning, or this strategy where it is to accumulate the same micro-batches."""

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
@@ -239,7 +239,7 @@ class Transfers(Seeing):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.seen.append(("before", dataloader_idx))
-        return batch[0] + 0.1 * torch.randn(6), batch[1]
+        return batch[0] + 0.1 * torch.randn(6, device=batch[0].device), batch[1]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         self.seen.append(("transfer", dataloader_idx))
@@ -247,7 +247,7 @@ class Transfers(Seeing):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.seen.append(("after", dataloader_idx))
-        return {"x": batch[0] + 0.1 * torch.randn(6), "y": batch[1], "from": dataloader_idx}
+        return {"x": batch[0] + 0.1 * torch.randn(6, device=batch[0].device), "y": batch[1], "from": dataloader_idx}
 
     def pair(self, batch: Any) -> Any:
         return batch["x"], batch["y"]
@@ -275,7 +275,7 @@ class Module(L.LightningDataModule):
         return batch[0] + dataloader_idx, batch[1]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0] * torch.rand(1), batch[1]
+        return batch[0] * torch.rand(1, device=batch[0].device), batch[1]
 
 
 def data_module(kwargs: dict[str, Any]) -> Any:
@@ -338,11 +338,11 @@ class Pulling(Seeing):
 
     def training_step(self, dataloader_iter: Any) -> Any:
         batch, batch_idx, _ = next(dataloader_iter)
-        return super().training_step(batch, batch_idx)
+        return super().training_step(move_data_to_device(batch, self.device), batch_idx)
 
     def validation_step(self, dataloader_iter: Any) -> Any:
         batch, batch_idx, _ = next(dataloader_iter)
-        return super().validation_step(batch, batch_idx)
+        return super().validation_step(move_data_to_device(batch, self.device), batch_idx)
 
 
 def pulling(kwargs: dict[str, Any]) -> Any:

@@ -148,7 +148,7 @@ class Measuring(Classifier):
         chances = out.softmax(-1)
         self.losses.append(float(loss))
         for metric in (self.mean, self.kept, self.total, self.listed[0], self.unregistered[0]):
-            metric.update(loss.detach())
+            metric.to(self.device).update(loss.detach())
         self.auroc.update(chances, y)
         self.errors.update(chances, nn.functional.one_hot(y, 3).float())
         for metric in (self.extremes, self.tracker, self.by_class, self.listed[1]):

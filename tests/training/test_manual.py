@@ -133,7 +133,7 @@ class Penalised(Gan):
         real = self.inlet(batch[0])
         hidden = self.refine(real)
         fake = torch.tanh(self.inlet(hidden.repeat(1, 171)[:, :1024]) + hidden)
-        share = torch.rand(len(real), 1)
+        share = torch.rand(len(real), 1, device=real.device)
         between = (share * real + (1 - share) * fake).detach().requires_grad_()
         answer = self.discriminator(between)
         (slope,) = torch.autograd.grad(answer.sum(), between, create_graph=True)

@@ -26,7 +26,7 @@ class Typed(Classifier):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask, order = x > 0, x.argsort(1)
-        made = torch.zeros(len(x), 12)
+        made = torch.zeros(len(x), 12, device=x.device)
         self.seen.add(str(made.dtype))
         h = self.inlet(x) * self.gain + made
         for block in self.blocks:

@@ -1,0 +1,86 @@
+"""Lightning's runs on accelerators, simulated ones: all that is CPU's by accident fails here."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from pool import Pool
+from simulated import NAME
+from torch import nn
+from training import test_matrix as matrix
+from training.modules import Classifier, train_loader, val_loader
+from training.runs import Runs, metrics, same, weights
+
+
+@pytest.fixture(scope="module")
+def devices() -> Iterator[Runs]:
+    """Workers of their own: a process that has simulated devices keeps them."""
+    pool = Pool(3)
+    runs = Runs(pool, NAME)
+    yield runs
+    runs.close()
+    pool.close()
+
+
+class OnDevice(Classifier):
+    """Makes tensors where the module says it is: in steps and hooks, and before the weights are there."""
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "shift"):
+            self.register_buffer("shift", torch.linspace(-1, 1, 12, device=self.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inlet(x) + self.shift
+        for block in self.blocks:
+            h = h + block(h) + torch.ones(12, device=self.device)
+        return self.head(h.to(self.device))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        weight = torch.tensor([0.5, 1.0, 2.0], device=self.device)
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], weight)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("sampled", self(torch.ones(2, 6, device=self.device)).sum())
+
+
+class Away(Classifier):
+    """Its step needs the accelerator, as one that calls kernels which the CPU lacks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.ones(3, device=self.trainer.strategy.root_device)
+
+
+def trained(kwargs: dict[str, Any], module: L.LightningModule) -> Any:
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2})
+    trainer.fit(module, train_loader(20), val_loader())
+    return metrics(trainer), weights(module), str(next(module.parameters()).device)
+
+
+def on_device(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    return trained(kwargs, OnDevice())
+
+
+def away(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    return trained(kwargs, Away())
+
+
+def moved_before(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    return trained(kwargs, Classifier().to(f"{NAME}:0"))
+
+
+SCENARIOS = [on_device, away, moved_before, matrix.clipping, matrix.workers, matrix.accumulation]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_numbers_of_one_device(devices: Runs, scenario: Any, world: int) -> None:
+    expected = devices.one(scenario)
+    for rank, found in enumerate(devices.on(world, scenario)):
+        if rank and isinstance(expected, dict):
+            expected = {**expected, "rows": []}  # rank 0's logger alone writes
+        same(expected, found, f"rank {rank}")
