@@ -67,7 +67,7 @@ def agree(mailbox: Mailbox, key: Any, checkpoint: Mapping[str, Any]) -> Shares:
 
 
 def merge_checkpoint(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The whole checkpoint, on rank 0; elsewhere the rank's own.
+    """The whole checkpoint, on rank 0 and in its host's memory; elsewhere the rank's own.
 
     Args:
         mailbox: The control connections.
@@ -93,7 +93,17 @@ def merge_checkpoint(mailbox: Mailbox, key: Any, checkpoint: dict[str, Any]) -> 
             first, value = mailbox.take("state", (key, path), f"{tell(path)} from rank {owner}", owner)
             fetched[path] = fetched.get(first, value)
     entries = {entry: fetched[_path(*entry)] for entry, owner in shares.entries.items() if owner}
-    return unite(replaced(checkpoint, lambda path, tensor: fetched.get(path, tensor)), entries)
+    hosted: dict[Any, Tensor] = {}
+
+    def whole(path: Path, tensor: Tensor) -> Tensor:
+        if path in fetched or tensor.device.type == "cpu":
+            return fetched.get(path, tensor)
+        place = place_of(tensor) if tensor.numel() else path  # weights under several names stay one tensor
+        if place not in hosted:
+            hosted[place] = tensor.detach().cpu()
+        return hosted[place]
+
+    return unite(replaced(checkpoint, whole), entries)
 
 
 def unite(checkpoint: dict[str, Any], entries: Mapping[Entry, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def merged_copy(mailbox: Mailbox, key: int, module: nn.Module) -> nn.Module | No
     if mailbox.rank:
         return None
     copied: nn.Module = replaced(module, lambda path, _: merged[path[0]].detach().to("cpu", copy=True))
-    return copied
+    return copied.cpu()  # now metrics are, and it says so itself
 
 
 def _leave(module: nn.Module, left: bool) -> None:

@@ -19,6 +19,7 @@ class _Module:
     def __init__(self, extension: Any) -> None:
         self.extension = extension
         self.set_device, self.current_device = extension.set_device, extension.current_device
+        self.Stream = functools.partial(torch.Stream, NAME)
 
     @contextmanager
     def device(self, device: torch.device | str | int) -> Iterator[None]:
@@ -29,6 +30,15 @@ class _Module:
             yield
         finally:
             self.set_device(before)
+
+    def current_stream(self, device: Any = None) -> torch.Stream:
+        return torch.accelerator.current_stream(device)
+
+    def stream(self, stream: torch.Stream) -> torch.Stream:
+        return stream  # a context manager itself
+
+    def synchronize(self, device: Any = None) -> None:
+        torch.accelerator.synchronize(device)
 
     def is_available(self) -> bool:
         return True

@@ -21,9 +21,7 @@ from lightning_lwpm.staging.tree import map_tensors
 Scenario = Callable[[dict[str, Any]], Any]
 
 
-def run_here(
-    rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None, kind: str
-) -> Any:
+def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None, kind: str) -> Any:
     """Run a scenario in a worker; ``options`` of the strategy, or ``None`` for stock Lightning."""
     strategy: Any = "auto" if options is None else LWPMStrategy(**{"patience": 5, "costs": "estimated", **options})
     kwargs = {
@@ -51,6 +49,11 @@ def run_here(
 def to_host(result: Any) -> Any:
     """What a scenario found, with tensors on the CPU."""
     return map_tensors(lambda tensor: tensor.cpu(), result)
+
+
+def stock(kwargs: dict[str, Any]) -> bool:
+    """Whether a scenario runs on one device without this strategy."""
+    return not isinstance(kwargs["strategy"], LWPMStrategy)
 
 
 class Runs:

@@ -12,6 +12,9 @@ from torch import nn
 from training import test_matrix as matrix
 from training.modules import Classifier, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
+from training.test_checkpoints_elsewhere import Keeps
+
+from lightning_lwpm.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,20 @@ def test_numbers_of_one_device(devices: Runs, scenario: Any, world: int) -> None
         if rank and isinstance(expected, dict):
             expected = {**expected, "rows": []}  # rank 0's logger alone writes
         same(expected, found, f"rank {rank}")
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_checkpoints_are_loaded_where_there_is_no_such_device(devices: Runs, kind: str) -> None:
+    """By this process, which has none; modules among the hyperparameters included."""
+    expected = devices.on(0, Keeps(devices.folder / "stock"))[0]
+    stock = torch.load(devices.folder / "stock" / "kept.ckpt", map_location="cpu", weights_only=False)
+    folder = devices.folder / kind
+    for found in devices.on(2, Keeps(folder), state_dict_type=kind):
+        same(expected, found)
+    file = folder / "kept.ckpt"
+    if kind == "sharded":
+        main(["merge", str(file), str(folder / "merged.ckpt"), "--trusted"])
+        file = folder / "merged.ckpt"
+    saved = torch.load(file, weights_only=False)
+    same(stock["state_dict"], saved["state_dict"])
+    same(stock["optimizer_states"], saved["optimizer_states"])

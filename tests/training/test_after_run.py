@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from training.modules import Classifier, data, train_loader, val_loader
-from training.runs import Runs, metrics, same, weights
+from training.runs import Runs, metrics, same, stock, weights
 
 from lightning_lwpm import LWPMStrategy
 from lightning_lwpm.errors import ConfigurationError
@@ -41,7 +41,7 @@ def afterwards(kwargs: dict[str, Any], everywhere: bool = True) -> Any:
     trainer.fit_loop.max_epochs = 3
     trainer.fit(module, train_loader(36), val_loader())
     found["again"] = metrics(trainer), trainer.global_step
-    more = {} if kwargs["strategy"] == "auto" else {"strategy": LWPMStrategy(num_microbatches=1)}  # measures layers
+    more = {} if stock(kwargs) else {"strategy": LWPMStrategy(num_microbatches=1)}  # measures layers
     other = L.Trainer(**kwargs | more | {"max_epochs": 1})
     other.fit(module, train_loader(36), val_loader())
     found["by another"] = metrics(other), weights(module) if whole or more else None
@@ -56,9 +56,10 @@ class Exports(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pipelined = isinstance(trainer.strategy, LWPMStrategy)
-        made = trainer.strategy.merged_module() if pipelined else copy.deepcopy(pl_module)
+        made = trainer.strategy.merged_module() if pipelined else copy.deepcopy(pl_module).cpu()
         if made is not None:
-            self.found.append((weights(made), made(data().tensors[0]), made.training, type(made).__name__))
+            output = made(data().tensors[0])
+            self.found.append((weights(made), output, made.training, str(made.device), type(made).__name__))
 
 
 def exported(kwargs: dict[str, Any]) -> Any:

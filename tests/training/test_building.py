@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader
 from training.modules import Classifier, train_loader, val_loader
-from training.runs import Runs, same, weights
+from training.runs import Runs, same, stock, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lwpm import ConfigurationError
@@ -134,7 +134,7 @@ def init_module(kwargs: dict[str, Any]) -> Any:
 
 
 def on_meta(kwargs: dict[str, Any]) -> Any:
-    return trained(kwargs, lambda trainer: Parts("cpu" if kwargs["strategy"] == "auto" else "meta"))
+    return trained(kwargs, lambda trainer: Parts("cpu" if stock(kwargs) else "meta"))
 
 
 @pytest.mark.parametrize("scenario", [configured, differently_seeded, init_module, on_meta])

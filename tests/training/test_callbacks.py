@@ -18,7 +18,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from training.modules import Classifier, Recorder, train_loader, val_loader
-from training.runs import Runs, metrics, same, weights
+from training.runs import Runs, metrics, same, stock, weights
 
 from lightning_lwpm import LWPMStrategy
 
@@ -214,7 +214,7 @@ def every_step(kwargs: dict[str, Any]) -> Any:
     trainer.fit(module, val_loader(36), val_loader())
     tested = trainer.test(module, val_loader(), ckpt_path="last", verbose=False)
     again = seeded()
-    if kwargs["strategy"] != "auto":
+    if not stock(kwargs):
         kwargs["strategy"] = LWPMStrategy(num_microbatches=1)
     trainer = L.Trainer(**kwargs | {"max_epochs": 3})
     trainer.fit(again, val_loader(36), val_loader(), ckpt_path=files.best_model_path)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 from training.modules import Classifier, data, train_loader
-from training.runs import Runs, metrics, same, weights
+from training.runs import Runs, metrics, same, stock, weights
 
 from lightning_lwpm import LWPMStrategy
 from lightning_lwpm.errors import ConfigurationError
@@ -78,13 +78,13 @@ class SavesBoth:
         self.kind, self.folder = kind, folder
 
     def __call__(self, kwargs: dict[str, Any]) -> None:
-        stock, world = kwargs["strategy"] == "auto", kwargs["devices"]
-        name = self.folder / f"saved-{0 if stock else world}"
+        alone, world = stock(kwargs), kwargs["devices"]
+        name = self.folder / f"saved-{0 if alone else world}"
         L.seed_everything(5)
         trainer = L.Trainer(**kwargs, max_epochs=2)
         trainer.fit(self.kind(), DataLoader(data(32), 8))
         trainer.save_checkpoint(f"{name}.ckpt")
-        if not stock:
+        if not alone:
             trainer.strategy.state_dict_type = "sharded"
             trainer.save_checkpoint(f"{name}.shards")
 
@@ -302,8 +302,8 @@ class Kept:
         self.folder, self.later = folder, later
 
     def __call__(self, kwargs: dict[str, Any]) -> Any:
-        stock = kwargs["strategy"] == "auto"
-        if not stock:
+        alone = stock(kwargs)
+        if not alone:
             kwargs["strategy"].async_checkpoint = self.later
         del kwargs["enable_checkpointing"]
 

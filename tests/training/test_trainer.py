@@ -25,7 +25,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 from pool import WorkerError
 from training.modules import Classifier, Recorder, train_loader, val_loader
-from training.runs import Runs, metrics, same, weights
+from training.runs import Runs, metrics, same, stock, weights
 
 from lightning_lwpm import LWPMStrategy
 
@@ -46,7 +46,7 @@ def everywhere(runs: Runs, scenario: Any, worlds: tuple[int, ...] = (2, 3)) -> N
 
 def again(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The settings for one more trainer: a strategy serves one."""
-    if kwargs["strategy"] == "auto":
+    if stock(kwargs):
         return kwargs
     return {**kwargs, "strategy": LWPMStrategy(num_microbatches=1, costs="estimated")}
 
@@ -158,7 +158,7 @@ class Graphs(Recorder):
 
     @rank_zero_only
     def log_graph(self, model: L.LightningModule, input_array: Any = None) -> None:
-        self.rows.append((None, {"graph": float(model(model.example_input_array).sum())}))
+        self.rows.append((None, {"graph": float(model(model.example_input_array.to(model.device)).sum())}))
 
 
 def graph(kwargs: dict[str, Any]) -> Any:
