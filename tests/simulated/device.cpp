@@ -518,6 +518,7 @@ at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& target
 }
 
 const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef size, std::optional<at::MemoryFormat>) {
+  if (self.sizes() == size) return self;
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   auto bytes = (self.storage_offset() + self.numel()) * self.itemsize();

@@ -530,7 +530,7 @@ class Attention(nn.Module):
         self.head = nn.Linear(WIDTH, 20)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device)
         x = self.encoder(self.embedding(tokens), mask=mask, is_causal=True)
         attended, weights = self.attention(x, x, x, attn_mask=mask)
         return self.head(x + attended) + weights.mean()
