@@ -186,8 +186,9 @@ class Onlooker:
             if device == _HOST:
                 yield
                 return
+            self.module.to(device)
             try:
-                yield self.module.to(device)
+                yield
             finally:
                 self.module.cpu()
 

@@ -1,9 +1,10 @@
 """What happens before the model is partitioned: looks at the step, costs, the choice of a plan, and the layout."""
 
+import socket
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +13,7 @@ from torch import nn
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.apply import make_layout
-from lightning_lwpm.partition.costs import Costs, estimate
+from lightning_lwpm.partition.costs import Costs, Link, estimate
 from lightning_lwpm.partition.folded import folded
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.partition.probe import Probe
@@ -190,9 +191,9 @@ class Planner:
     def _costs_of(self, onlooker: Onlooker, seen: Probe) -> Costs:
         if self.costs == "estimated" or not onlooker.module.automatic_optimization:
             return estimate(seen.timeline)
-        self._turn += 1
-        link = measure_link(self.mailbox, self.transport, ("plan", self._turn))
         cache = CostCache(environment(self.device, type(onlooker.trainer.precision_plugin).__name__))
+        link = self._link(cache)
+        self._turn += 1
         return profile(
             self.mailbox,
             ("plan", self._turn),
@@ -204,6 +205,20 @@ class Planner:
             cache,
             link,
         )
+
+    def _link(self, cache: CostCache) -> Link:
+        """What the connections of these ranks cost, measured in their first run."""
+        if self.transport is None:
+            return Link()
+        self._turn += 1
+        hosts = self.mailbox.gather(("hosts", self._turn), socket.gethostname(), "the hosts of all ranks")
+        name = f"{type(self.transport).__name__} {' '.join(hosts)}"
+        known = self._shared("link", cache.read_link(name) if self.mailbox.rank == 0 else None, "what links cost")
+        if known is None:
+            known = measure_link(self.mailbox, self.transport, ("plan", self._turn))
+            if self.mailbox.rank == 0:
+                cache.write_link(name, known)
+        return cast(Link, known)
 
     def _shared(self, name: str, value: Any, what: str) -> Any:
         self._turn += 1

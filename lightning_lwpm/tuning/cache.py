@@ -1,7 +1,9 @@
 """Keeps measured costs on disk, so that the next start of the same model on the same machine need not measure.
 
 One file for each environment (device, number of threads, version of torch, precision); in it, by the digest of a
-segment, its seconds. ``LWPM_CACHE`` names another folder; ``LWPM_CACHE=off`` keeps nothing.
+segment, its seconds, and what the connections of ranks cost. What is chosen by them, such as the number of
+micro-batches, is then the same in the next run, and with it every bit of the result. ``LWPM_CACHE`` names another
+folder; ``LWPM_CACHE=off`` keeps nothing.
 """
 
 import hashlib
@@ -16,9 +18,11 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from lightning_lwpm.partition.costs import CallCost
+from lightning_lwpm.partition.costs import CallCost, Link
 
 __all__ = ["CostCache", "environment"]
+
+_LINK = "link "  # no digest of a segment begins with it
 
 
 def environment(device: torch.device, precision: str) -> str:
@@ -45,13 +49,27 @@ class CostCache:
     def read(self, digests: Iterable[str]) -> dict[str, CallCost]:
         """What is known of some segments. A file that cannot be read counts as empty."""
         known = self._load()
-        return {digest: CallCost(*known[digest]) for digest in digests if digest in known}
+        found = {digest: known.get(digest, ()) for digest in digests}
+        return {digest: CallCost(*seconds) for digest, seconds in found.items() if len(seconds) == 3}
 
     def write(self, costs: Mapping[str, CallCost]) -> None:
         """Add costs. A folder that cannot be written is no reason to stop."""
-        if self.path is None or not costs:
+        if costs:
+            self._keep({digest: (c.forward, c.backward, c.weight) for digest, c in costs.items()})
+
+    def read_link(self, name: str) -> Link | None:
+        """What is known of the connections of some ranks."""
+        known = self._load().get(_LINK + name, ())
+        return Link(*known) if len(known) == 2 else None
+
+    def write_link(self, name: str, link: Link) -> None:
+        """Add what the connections of some ranks cost."""
+        self._keep({_LINK + name: (link.latency, link.bytes_per_second)})
+
+    def _keep(self, more: Mapping[str, tuple[float, ...]]) -> None:
+        if self.path is None:
             return
-        seconds = self._load() | {digest: (c.forward, c.backward, c.weight) for digest, c in costs.items()}
+        seconds = self._load() | dict(more)
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
@@ -61,12 +79,12 @@ class CostCache:
             finally:
                 Path(file.name).unlink(missing_ok=True)
 
-    def _load(self) -> dict[str, tuple[float, float, float]]:
-        """Forward, backward and weight seconds of each segment in the file."""
+    def _load(self) -> dict[str, tuple[float, ...]]:
+        """Forward, backward and weight seconds of each segment in the file; latency and speed of links."""
         if self.path is not None:
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 seconds = json.loads(self.path.read_text())["seconds"]
-                return {key: (float(f), float(b), float(w)) for key, (f, b, w) in seconds.items()}
+                return {key: tuple(map(float, numbers)) for key, numbers in seconds.items()}
         return {}
 
 

@@ -1,5 +1,6 @@
 """Plans in a run: given as files and objects, limited by memory, reviewed, and layers that move while training."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,24 @@ def test_a_plan_can_be_saved_and_given_back(runs: Runs, tmp_path: Path) -> None:
         assert all(found["plan"].cuts == plan.cuts for found in again)
         assert again[0]["plan"].prediction.num_microbatches == plan.prediction.num_microbatches
         same(first["weights"], again[1]["weights"])
+
+
+def test_what_is_chosen_does_not_depend_on_the_moment(runs: Runs, tmp_path: Path) -> None:
+    """Connections are measured once, as layers are: a second run has the same number of micro-batches, and bits."""
+
+    def expected(kwargs: dict[str, Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LWPM_CACHE", str(tmp_path))
+            return short(kwargs)["plan"].prediction
+
+    first = runs.on(2, expected, "auto", costs="measured")
+    assert runs.on(2, expected, "auto", costs="measured") == first
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    (link,) = (name for name in kept["seconds"] if name.startswith("link "))
+    kept["seconds"][link] = [10.0, 1e12]
+    file.write_text(json.dumps(kept))
+    assert runs.on(2, expected, "auto", costs="measured")[0].step_seconds > 20
 
 
 def test_a_model_that_does_not_fit_is_refused_on_every_rank(runs: Runs) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lwpm.partition.costs import CallCost
+from lightning_lwpm.partition.costs import CallCost, Link
 from lightning_lwpm.tuning.cache import CostCache, environment
 
 CPU = torch.device("cpu")
@@ -29,6 +29,16 @@ def test_what_is_written_is_added(tmp_path: Path) -> None:
     cache.write({"b": CallCost(9, 9, 9), "c": CallCost(1, 1, 1)})
     assert cache.read("abc") == {"a": COSTS["a"], "b": CallCost(9, 9, 9), "c": CallCost(1, 1, 1)}
     assert [path.name for path in tmp_path.iterdir()] == [cache.path.name if cache.path else ""]
+
+
+def test_links_are_kept_beside_layers(tmp_path: Path) -> None:
+    cache = CostCache("here", tmp_path)
+    assert cache.read_link("Transport a a") is None
+    cache.write_link("Transport a a", Link(2e-5, 3e9))
+    cache.write(COSTS)
+    cache.write_link("Transport a b", Link(1e-3, 1e8))
+    assert cache.read_link("Transport a a") == Link(2e-5, 3e9) and cache.read_link("Transport a b") == Link(1e-3, 1e8)
+    assert cache.read([*COSTS, "link Transport a a"]) == COSTS
 
 
 def test_another_environment_is_another_file(tmp_path: Path) -> None:
