@@ -246,7 +246,7 @@ class LWPMStrategy(StatefulStrategy):
             if self.is_global_zero:
                 if self.world_size > 1:
                     log_graphs(trainer, module)
-                self._unread = generators()
+                self._unread = generators(self.root_device)
             with freed_at_once() if any(map(is_lazy, module.parameters())) else nullcontext():
                 layout = self._planner.layout(trainer, module, feed, self._wish())
                 if self.world_size > 1:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lightning_lwpm.staging.forwards import replaced
+from lightning_lwpm.staging.randomness import drawn_from
 
 __all__ = ["LayerRandom"]
 
@@ -34,9 +35,7 @@ class LayerRandom:
     """
 
     def __init__(self, root: nn.Module, apart: Iterable[nn.Module], device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._generators = drawn_from(device)
         apart = set(apart)
         named = root.named_modules()
         self._layers = {layer: _Seeded(n, layer, self._generators) for n, layer in named if layer not in apart}

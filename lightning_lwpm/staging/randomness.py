@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TorchRandom", "put_python", "python_random", "python_state", "seed_python"]
+__all__ = ["TorchRandom", "drawn_from", "put_python", "python_random", "python_state", "seed_python"]
 
 
 def seed_python(seed: int, serial: int) -> None:
@@ -55,6 +55,15 @@ def python_random(state: Any = None) -> Iterator[None]:
         put_python(before)
 
 
+def drawn_from(device: torch.device) -> list[torch.Generator]:
+    """The generators that a step on a device draws from: torch's of the host, and that of an accelerator."""
+    if device.type == "cpu":
+        return [torch.default_generator]
+    torch.empty(0, device=device)  # there is none before its first use
+    own = getattr(torch.get_device_module(device), "default_generators", ())
+    return [torch.default_generator, *own[device.index or 0 : (device.index or 0) + 1]]
+
+
 class TorchRandom:
     """A stream of torch's random numbers that one stage has for itself.
 
@@ -66,45 +75,34 @@ class TorchRandom:
 
     def __init__(self, seed: int, stage: int, device: torch.device) -> None:
         mixed = random.Random(f"{seed} stage {stage}").getrandbits(63)
-        self._seeded = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
-        self.devices = [] if stage == 0 else self._seeded
-        self.states = [torch.Generator(device).manual_seed(mixed).get_state() for device in self.devices]
+        self._seeded = drawn_from(device)
+        self.generators = [] if stage == 0 else self._seeded
+        self.states = [torch.Generator(g.device).manual_seed(mixed).get_state() for g in self.generators]
 
     def drawn(self) -> AbstractContextManager[None]:
         """Draw from this stream; the generators are put back as they were."""
-        return self._swapped() if self.devices else nullcontext()
+        return self._swapped() if self.generators else nullcontext()
 
     def position(self) -> list[torch.Tensor]:
         """Where this stream is, for :meth:`back_to`."""
-        return self.states if self.devices else [_get(device) for device in self._seeded]
+        return self.states if self.generators else [generator.get_state() for generator in self._seeded]
 
     def back_to(self, position: list[torch.Tensor]) -> None:
         """Let the stream go on where it was."""
-        if self.devices:
+        if self.generators:
             self.states = position
             return
-        for device, state in zip(self._seeded, position, strict=True):
-            _set(device, state)
+        for generator, state in zip(self._seeded, position, strict=True):
+            generator.set_state(state)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
-        before = [_get(device) for device in self.devices]
-        for device, state in zip(self.devices, self.states, strict=True):
-            _set(device, state)
+        before = [generator.get_state() for generator in self.generators]
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
         try:
             yield
         finally:
-            self.states = [_get(device) for device in self.devices]
-            for device, state in zip(self.devices, before, strict=True):
-                _set(device, state)
-
-
-def _get(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+            self.states = [generator.get_state() for generator in self.generators]
+            for generator, state in zip(self.generators, before, strict=True):
+                generator.set_state(state)

@@ -13,7 +13,7 @@ import torch
 
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.randomness import TorchRandom
+from lightning_lwpm.staging.randomness import TorchRandom, drawn_from
 
 __all__ = ["KEY", "generators", "put_back", "put_generators", "random_states", "streams"]
 
@@ -23,42 +23,46 @@ KEY = "random_states"
 def streams(engine: Engine) -> dict[str, Any]:
     """Where the streams of the stages of this rank are, stage 0 aside, which draws from the rank's own generators."""
     executor = engine.executor
-    own = {} if executor is None else {s: stream.position() for s, stream in executor.random.items() if stream.devices}
+    own = (
+        {} if executor is None else {s: stream.position() for s, stream in executor.random.items() if stream.generators}
+    )
     seed = None if executor is None else executor.seed
     return {"seed": seed, "serial": engine.serial, "first": 0 in engine.stages, "streams": own}
 
 
-def generators() -> dict[str, Any]:
-    """Where this process's own generators are."""
+def generators(device: torch.device) -> dict[str, Any]:
+    """Where this process's own generators are, and that of its device."""
     name, words, *numbers = numpy.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "device": [generator.get_state() for generator in drawn_from(device)[1:]],
         "python": random.getstate(),
         "numpy": (name, torch.as_tensor(numpy.asarray(words, "int64")), *numbers),
     }
 
 
-def put_generators(state: Mapping[str, Any]) -> None:
+def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
     """Let this process's own generators go on from :func:`generators`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+    for generator, saved in zip(drawn_from(device)[1:], state["device"], strict=False):
+        if saved.shape == generator.get_state().shape:  # else it is from a device of another kind
+            generator.set_state(saved)
     version, words, more = state["python"]
     random.setstate((version, tuple(words), more))
     name, words, *numbers = state["numpy"]
     numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
 
 
-def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any]) -> dict[str, Any]:
+def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What the checkpoint has of all ranks.
 
     Args:
         mailbox: The control connections.
         key: Names this exchange; the same on all ranks.
         here: From :func:`streams`.
+        device: This rank's device.
     """
-    everyone = mailbox.gather(("random", key), (generators(), here), "the random numbers of all ranks")
+    everyone = mailbox.gather(("random", key), (generators(device), here), "the random numbers of all ranks")
     return {
         "seed": everyone[0][1]["seed"],
         "serial": here["serial"],
@@ -75,14 +79,14 @@ def put_back(saved: Mapping[str, Any], rank: int, engine: Engine) -> None:
     """
     ranks = saved["ranks"]
     first = 0 in engine.stages and rank != 0
-    put_generators(ranks[saved["first"]] if first else ranks[min(rank, len(ranks) - 1)])
+    put_generators(ranks[saved["first"]] if first else ranks[min(rank, len(ranks) - 1)], engine.device)
     engine.serial = saved["serial"]
     if engine.executor is None:
         return
     engine.executor.seed = saved["seed"]
     for stage, stream in engine.executor.random.items():
         position = saved["streams"].get(stage)
-        if stream.devices and position is not None and len(position) == len(stream.devices):
+        if stream.generators and position is not None and len(position) == len(stream.generators):
             stream.back_to(position)
-        elif stream.devices:
+        elif stream.generators:
             stream.back_to(TorchRandom(saved["seed"] + saved["serial"], stage, engine.device).states)

@@ -97,7 +97,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         with self._resting(checkpoint), self.told("saving a checkpoint"):
             here = streams(self._engine) if self._engine is not None else self._streams
             if here is not None and "optimizer_states" in checkpoint:  # else training does not go on from it
-                checkpoint[KEY] = random_states(self.mailbox, self.next_turn(), here)
+                checkpoint[KEY] = random_states(self.mailbox, self.next_turn(), here, self.root_device)
             if self.state_dict_type == "sharded":
                 self._save_shards(checkpoint, self.broadcast(str(filepath)), storage_options)
                 return
@@ -211,7 +211,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def begin_again(self) -> None:
         """After a learning-rate finder, draw the order of the data as if the finder had not drawn any."""
         if self._begin_again is not None:
-            put_generators(self._begin_again)
+            put_generators(self._begin_again, self.root_device)
         self._unread = self._begin_again = None
 
     def _resume_data(self, trainer: Trainer) -> None:
@@ -219,9 +219,9 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         if not restoring(trainer):  # somebody has only read a checkpoint
             self._random = None
         if self._random is not None and trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
-            put_generators(self._random["ranks"][0])
+            put_generators(self._random["ranks"][0], self.root_device)
             set_up_training_data(trainer)
-            self._generators = generators()
+            self._generators = generators(self.root_device)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -250,5 +250,5 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         if self._random is not None and self._engine is not None:
             put_back(self._random, self.global_rank, self._engine)
             if self._generators is not None and self.is_global_zero:  # the order of the data has been drawn from them
-                put_generators(self._generators)
+                put_generators(self._generators, self.root_device)
         self._source = self._random = self._generators = None

@@ -20,6 +20,7 @@ class _Module:
         self.extension = extension
         self.set_device, self.current_device = extension.set_device, extension.current_device
         self.Stream = functools.partial(torch.Stream, NAME)
+        self.default_generators = tuple(map(extension.default_generator, range(self.device_count())))
 
     @contextmanager
     def device(self, device: torch.device | str | int) -> Iterator[None]:
@@ -56,13 +57,18 @@ class _Module:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        """Kernels draw from the CPU's generator."""
+        for generator in self.default_generators:
+            generator.manual_seed(seed)
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
+        return self._generator(device).get_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
+        self._generator(device).set_state(state)
+
+    def _generator(self, device: Any) -> torch.Generator:
+        index = device if isinstance(device, int) or device is None else torch.device(device).index
+        return self.default_generators[self.current_device() if index is None else index]
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]

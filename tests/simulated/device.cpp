@@ -11,6 +11,7 @@
 // memory: results are equal to a CPU's to the bit.
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/InferSize.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -18,7 +19,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -327,6 +328,34 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
+struct DeviceGenerator final : c10::GeneratorImpl {  // random numbers of a device, which a CPU's generator draws
+  at::Generator host = at::detail::createCPUGenerator();
+
+  explicit DeviceGenerator(DeviceIndex device)
+      : GeneratorImpl(Device(KIND, device), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)) {}
+  void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
+  uint64_t current_seed() const override { return host.current_seed(); }
+  uint64_t seed() override { return host.seed(); }
+  void set_offset(uint64_t offset) override { TORCH_CHECK(false, "no offsets"); }
+  uint64_t get_offset() const override { TORCH_CHECK(false, "no offsets"); }
+  void set_state(const c10::TensorImpl& state) override {
+    auto self = c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(const_cast<c10::TensorImpl*>(&state));
+    host.set_state(at::Tensor(self));
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return host.get_state().getIntrusivePtr(); }
+  DeviceGenerator* clone_impl() const override {
+    auto* copy = new DeviceGenerator(device().index());
+    copy->host = host.clone();
+    return copy;
+  }
+};
+
+at::Generator& default_generator(DeviceIndex device) {
+  static auto& made = *new std::vector<at::Generator>();
+  while (made.size() < DEVICES) made.push_back(at::make_generator<DeviceGenerator>(made.size()));
+  return made.at(device < 0 ? current_device : device);
+}
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -342,6 +371,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   DeviceIndex maybeExchangeDevice(DeviceIndex device) const override { return exchangeDevice(device); }
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  const at::Generator& getDefaultGenerator(DeviceIndex device) const override { return default_generator(device); }
+  at::Generator getNewGenerator(DeviceIndex device) const override {
+    return at::make_generator<DeviceGenerator>(device < 0 ? current_device : device);
+  }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
     c10::DeviceGuard guard(storage.device());
     auto data = device_memory.allocate(size);
@@ -460,6 +493,9 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const std::optional<at::Tensor>& one : value.toOptionalTensorVector())
         list.push_back(one ? std::optional(host(*one)) : one);
       value = list;
+    } else if (schema.arguments()[i].type()->str().find("Generator") != std::string::npos) {
+      auto given = value.isNone() ? default_generator(device.index()) : value.toGenerator();
+      if (given.device().type() == KIND) value = static_cast<DeviceGenerator*>(given.unsafeGetGeneratorImpl())->host;
     } else if (value.isDevice()) {
       device = value.toDevice();
       value = Device(at::kCPU);
@@ -630,6 +666,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   c10::SetAllocator(KIND, &device_memory);
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   m.def("pause_copies", [](int microseconds) { pause_microseconds = microseconds; });
+  m.def("default_generator", [](int device) { return default_generator(device); });
   m.def("unrecorded", [] { return unrecorded.exchange(0); });
   m.def("set_device", [](int device) { Guard().setDevice(Device(KIND, device)); });
   m.def("current_device", [] { return int(current_device); });

@@ -432,7 +432,7 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         noise = torch.randn_like(x)
-        t = torch.rand(len(x), 1)
+        t = torch.rand(len(x), 1, device=x.device)
         x = x * t + noise * (1 - t)
         for layer in self.layers:
             x = layer(x) + 0.1 * torch.randn(x.shape)

@@ -38,7 +38,7 @@ class MaskSum(Masks):
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.drops[0](torch.ones_like(x)).flatten()
-        return self.layers[0](x).sum() * 0 + (mask * torch.arange(len(mask))).sum()
+        return self.layers[0](x).sum() * 0 + (mask * torch.arange(len(mask), device=mask.device)).sum()
 
 
 class EarlyNoise(nn.Module):
@@ -50,7 +50,7 @@ class EarlyNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         noise = torch.randn_like(x)
-        t = torch.rand(len(x), 1)
+        t = torch.rand(len(x), 1, device=x.device)
         x = x * t + noise * (1 - t)
         for layer in self.layers:
             x = layer(x).tanh()
@@ -71,7 +71,7 @@ class Everywhere(nn.Module):
         x = self.noisy(x)
         for i, layer in enumerate(self.layers):
             x = x + self.drop(checkpoint(layer, x, use_reentrant=i == 1) if i else layer(x))
-            x = x * (torch.rand(len(x), 1) > 0.2)
+            x = x * (torch.rand(len(x), 1, device=x.device) > 0.2)
         return self.head(self.drop(x))
 
 
