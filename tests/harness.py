@@ -33,12 +33,16 @@ Step = Callable[[nn.Module, Any], torch.Tensor]
 Schedule = str | Callable[[int], Table]
 
 
-def carried(mailbox: Mailbox) -> Transport:
-    """The connections for data of this rank: of the CPU, or of the devices that ``LWPM_TEST_DEVICE`` names."""
+def device_at(index: int) -> torch.device:
+    """The CPU, or one of the devices that ``LWPM_TEST_DEVICE`` names."""
     kind = os.environ.get("LWPM_TEST_DEVICE")
-    if not kind:
-        return Transport(mailbox)
-    return carry_tensors(mailbox, use(kind, mailbox.rank))
+    return use(kind, index) if kind else torch.device("cpu")
+
+
+def carried(mailbox: Mailbox) -> Transport:
+    """The connections for data of this rank."""
+    device = device_at(mailbox.rank)
+    return Transport(mailbox) if device.type == "cpu" else carry_tensors(mailbox, device)
 
 
 def connect(
@@ -76,7 +80,7 @@ def engine(
     With a ``placement`` (the rank of each stage) there is a stage for each of its entries, as far as there are layers.
     """
     mailbox, transport = connect(rank, world, carry=carry)
-    device = transport.device if transport is not None else torch.device("cpu")
+    device = transport.device if transport is not None else device_at(0)
     seen = probe(model, lambda: step(model, sample))
     plan = make_plan(seen.timeline, len(placement or range(world)), partition, place_stages)
     layout = mailbox.broadcast("layout", make_layout(model, seen, plan))
@@ -189,9 +193,7 @@ def train_single(
     device: str = "",
 ) -> dict[str, Any]:
     """The reference: one device that accumulates the same micro-batches."""
-    if not device:
-        kind = os.environ.get("LWPM_TEST_DEVICE")
-        device = str(use(kind, 0)) if kind else "cpu"
+    device = device or str(device_at(0))
     torch.set_num_threads(1)  # as in the workers: the number of threads decides the order of sums
     torch.manual_seed(0)
     model = build().to(device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAME", "simulate", "unrecorded", "use"]
+__all__ = ["NAME", "rest", "simulate", "unrecorded", "use"]
 
 NAME = "sim"
 
@@ -92,6 +92,7 @@ def simulate(pause_microseconds: int = 0) -> None:
     torch._register_device_module(NAME, _Module(extension))  # type: ignore[no-untyped-call]
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
     extension.pause_copies(pause_microseconds)
+    getattr(torch, NAME).manual_seed_all(torch.initial_seed())  # what was seeded before counts, as with CUDA
 
 
 def use(kind: str, index: int) -> torch.device:
@@ -100,6 +101,14 @@ def use(kind: str, index: int) -> torch.device:
         simulate(2000)
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)
+
+
+def rest(kind: str) -> None:
+    """Give the current device some milliseconds to do, the host none."""
+    if kind == NAME:
+        getattr(torch, NAME).extension.sleep(5000)
+    else:
+        torch.cuda._sleep(10_000_000)
 
 
 def unrecorded() -> int:

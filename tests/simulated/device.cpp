@@ -667,6 +667,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks());
   m.def("pause_copies", [](int microseconds) { pause_microseconds = microseconds; });
   m.def("default_generator", [](int device) { return default_generator(device); });
+  m.def("sleep", [](int microseconds) {
+    current_queue(current_device)
+        .put([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); }, false);
+  });
   m.def("unrecorded", [] { return unrecorded.exchange(0); });
   m.def("set_device", [](int device) { Guard().setDevice(Device(KIND, device)); });
   m.def("current_device", [] { return int(current_device); });

@@ -435,7 +435,7 @@ class Noise(nn.Module):
         t = torch.rand(len(x), 1, device=x.device)
         x = x * t + noise * (1 - t)
         for layer in self.layers:
-            x = layer(x) + 0.1 * torch.randn(x.shape)
+            x = layer(x) + 0.1 * torch.randn(x.shape, device=x.device)
             x = F.dropout(x, 0.1, self.training)
         return x - noise
 

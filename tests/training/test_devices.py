@@ -9,9 +9,11 @@ import torch
 from pool import Pool
 from simulated import NAME
 from torch import nn
+from training import test_hooks as hooks
 from training import test_matrix as matrix
 from training.modules import Classifier, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
+from training.test_checkpoints import Shuffled
 from training.test_checkpoints_elsewhere import Keeps
 
 from lightning_lwpm.cli import main
@@ -76,7 +78,7 @@ def moved_before(kwargs: dict[str, Any]) -> Any:
     return trained(kwargs, Classifier().to(f"{NAME}:0"))
 
 
-SCENARIOS = [on_device, away, moved_before, matrix.clipping, matrix.workers, matrix.accumulation]
+SCENARIOS = [on_device, away, moved_before, matrix.clipping, matrix.workers, matrix.accumulation, hooks.reading]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -87,6 +89,21 @@ def test_numbers_of_one_device(devices: Runs, scenario: Any, world: int) -> None
         if rank and isinstance(expected, dict):
             expected = {**expected, "rows": []}  # rank 0's logger alone writes
         same(expected, found, f"rank {rank}")
+
+
+def test_measured_costs_and_late_weight_gradients(devices: Runs) -> None:
+    one = devices.one(matrix.clipping, 4)
+    for options in ({"costs": "measured"}, {"schedule": "zb1p"}, {"schedule": "zbv", "log_bubble": True}):
+        same(one["weights"], devices.on(2, matrix.clipping, 4, **options)[0]["weights"])
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_random_numbers_go_on(devices: Runs, world: int) -> None:
+    """Masks of dropout, which the device's own generator draws, are the same in a run that was interrupted."""
+    whole = devices.on(world, Shuffled(None, None, 5), 2)[0]
+    half = str(devices.folder / f"half-{world}.ckpt")
+    devices.on(world, Shuffled(half, None, 5), 2)
+    same(whole, devices.on(world, Shuffled(None, half, 77), 2)[0])
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
