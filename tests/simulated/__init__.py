@@ -1,16 +1,65 @@
 """A simulated accelerator, so that what runs on devices other than the CPU is tested on machines that have no other."""
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from torch.utils.cpp_extension import include_paths, library_paths
 
-__all__ = ["NAME", "rest", "simulate", "unrecorded", "use"]
+__all__ = ["NAME", "can_simulate", "rest", "simulate", "unrecorded", "use"]
 
 NAME = "sim"
+_EXTENSION = "lwpm_simulated_device"
+_COMPILER = os.environ.get("CXX") or shutil.which("c++")
+
+
+def can_simulate() -> bool:
+    """Whether there is what it takes to compile the device."""
+    return _COMPILER is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def _compiled() -> Path:
+    """The compiled device; whoever comes first compiles it, the others wait."""
+    source = Path(__file__).parent / "device.cpp"
+    digest = sha256(source.read_bytes() + f"{torch.__version__} {sys.version} {sys.prefix}".encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir(), f"lwpm-simulated-{os.getuid()}-{digest}.so")
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            made = target.with_suffix(".tmp")
+            subprocess.run([str(_COMPILER), str(source), "-o", str(made), *_flags()], check=True)
+            made.rename(target)
+    return target
+
+
+def _flags() -> list[str]:
+    include = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries += [f"-l{name}" for name in ("torch_python", "torch_cpu", "torch", "c10")]
+    name = f"-DTORCH_EXTENSION_NAME={_EXTENSION}"
+    return [
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-DTORCH_API_INCLUDE_EXTENSION_H",
+        name,
+        *include,
+        *libraries,
+    ]
 
 
 class _Module:
@@ -81,13 +130,11 @@ def simulate(pause_microseconds: int = 0) -> None:
     Args:
         pause_microseconds: The longest pause before a copy that nobody waits for.
     """
-    from torch.utils import cpp_extension
-
-    extension = cpp_extension.load(
-        "lwpm_simulated_device",
-        [str(Path(__file__).parent / "device.cpp")],
-        extra_cflags=["-O1", "-std=c++20", "-w"],
-    )
+    loader = ExtensionFileLoader(_EXTENSION, str(_compiled()))
+    spec = spec_from_file_location(_EXTENSION, loader=loader)
+    assert spec is not None
+    extension = module_from_spec(spec)
+    loader.exec_module(extension)
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _Module(extension))  # type: ignore[no-untyped-call]
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from pool import Pool
-from simulated import NAME
+from simulated import NAME, can_simulate
 from torch import nn
 from training import test_hooks as hooks
 from training import test_matrix as matrix
@@ -17,6 +17,8 @@ from training.test_checkpoints import Shuffled
 from training.test_checkpoints_elsewhere import Keeps
 
 from lightning_lwpm.cli import main
+
+pytestmark = pytest.mark.skipif(not can_simulate(), reason="needs a C++ compiler and the headers of Python")
 
 
 @pytest.fixture(scope="module")

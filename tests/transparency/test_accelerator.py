@@ -11,7 +11,7 @@ from cases import CASES, Case
 from compare import compare
 from harness import engine, train_pipelined, train_single
 from pool import Pool
-from simulated import NAME, rest, unrecorded, use
+from simulated import NAME, can_simulate, rest, unrecorded, use
 from torch import nn
 
 from lightning_lwpm.pipeline.carrier import connect
@@ -23,7 +23,8 @@ from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.staging.batch import Batch
 
 one_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-kinds = pytest.mark.parametrize("kind", [NAME, pytest.param("cuda", marks=one_device)])
+simulated = pytest.mark.skipif(not can_simulate(), reason="needs a C++ compiler and the headers of Python")
+kinds = pytest.mark.parametrize("kind", [pytest.param(NAME, marks=simulated), pytest.param("cuda", marks=one_device)])
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 NAMES = ["long skip", "tied weights", "in place", "mixture of experts", "variable length", "late inputs"]
