@@ -1,4 +1,10 @@
-"""A simulated accelerator, so that what runs on devices other than the CPU is tested on machines that have no other."""
+"""A simulated accelerator, so that what runs on devices other than the CPU is tested on machines that have no other.
+
+``LWPM_TEST_DEVICE=sim python -m pytest tests/training tests/transparency`` runs those tests on it that otherwise
+compare runs on the CPU. A few fail there because of the test (an LSTM cell, which has a kernel of its own outside the
+CPU, files that one device saved, read where there is no such device, Lightning's DDP, for which gloo has no such
+device); the others hold the device to the numbers of a single one, to the bit.
+"""
 
 import functools
 import os
@@ -17,7 +23,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch.utils.cpp_extension import include_paths, library_paths
 
 __all__ = ["NAME", "can_simulate", "rest", "simulate", "unrecorded", "use"]
 
@@ -45,21 +50,13 @@ def _compiled() -> Path:
 
 
 def _flags() -> list[str]:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     include = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries += [f"-l{name}" for name in ("torch_python", "torch_cpu", "torch", "c10")]
-    name = f"-DTORCH_EXTENSION_NAME={_EXTENSION}"
-    return [
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        "-DTORCH_API_INCLUDE_EXTENSION_H",
-        name,
-        *include,
-        *libraries,
-    ]
+    defined = ["-DTORCH_API_INCLUDE_EXTENSION_H", f"-DTORCH_EXTENSION_NAME={_EXTENSION}"]
+    return ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *defined, *include, *libraries]
 
 
 class _Module:
