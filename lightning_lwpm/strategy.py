@@ -290,8 +290,7 @@ class LWPMStrategy(StatefulStrategy):
         if self.world_size > 1:
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         initialise(module)
-        if self.world_size > 1:
-            to_host(module)
+        to_host(module)
         self.model = self.precision_plugin.convert_module(self.model)
         loop = Loop(trainer, module, self.precision_plugin, self.root_device)
         # whatever the number of micro-batches, a batch has one at least

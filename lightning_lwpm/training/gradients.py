@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.pipeline.hosted import hosted
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 
@@ -145,10 +146,12 @@ def _total_norm(mailbox: Mailbox, key: Any, gradients: Mapping[int, Tensor | Non
     Each rank gives the norm of each gradient it holds; all ranks then reduce them in the order of the parameters, so
     the total has the bits of one device, and a parameter that several stages hold counts once.
     """
-    mine = {i: get_total_norm([gradient], norm_type).cpu() for i, gradient in gradients.items() if gradient is not None}
+    here = {i: get_total_norm([gradient], norm_type) for i, gradient in gradients.items() if gradient is not None}
+    mine = dict(zip(here, hosted(list(here.values())), strict=True))
     norms: dict[int, Tensor] = {}
     for part in mailbox.gather(("norms", key), mine, "the gradient norms of all ranks"):
         norms.update(part)
     if not norms:
         return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.stack([norms[i] for i in sorted(norms)]), norm_type)
+    device = next((gradient.device for gradient in gradients.values() if gradient is not None), torch.device("cpu"))
+    return torch.linalg.vector_norm(torch.stack([norms[i] for i in sorted(norms)]).to(device), norm_type)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lwpm.pipeline.hosted import hosted
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.remote import localise
 from lightning_lwpm.staging.step import StagedStep
@@ -78,15 +79,17 @@ class LogBook:
         by_call: dict[tuple[str, int], list[tuple[float, Entry]]] = {}
         for weight, place, entry in self._entries:
             by_call.setdefault((entry[0], place), []).append((weight, entry))
+        several = [call[1] for calls in by_call.values() if len(calls) > 1 for _, call in calls]
+        several = [value for value in several if isinstance(value, Tensor)]
+        here = dict(zip(map(id, several), hosted(several), strict=True))
         out = []
         for (name, _), calls in by_call.items():
             kwargs = dict(calls[-1][1][2])
             weights = [call[2].get("batch_size") or weight for weight, call in calls]
             if kwargs.get("batch_size") is not None:
                 kwargs["batch_size"] = int(sum(weights))
-            out.append(
-                (name, _reduce([call[1] for _, call in calls], weights, kwargs.get("reduce_fx", "mean")), kwargs)
-            )
+            values = [here.get(id(call[1]), call[1]) for _, call in calls]
+            out.append((name, _reduce(values, weights, kwargs.get("reduce_fx", "mean")), kwargs))
         return out
 
     def replay(self, entries: list[Entry]) -> None:

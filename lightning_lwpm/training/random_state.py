@@ -23,9 +23,8 @@ KEY = "random_states"
 def streams(engine: Engine) -> dict[str, Any]:
     """Where the streams of the stages of this rank are, stage 0 aside, which draws from the rank's own generators."""
     executor = engine.executor
-    own = (
-        {} if executor is None else {s: stream.position() for s, stream in executor.random.items() if stream.generators}
-    )
+    all_streams = executor.random if executor is not None else {}
+    own = {stage: stream.position() for stage, stream in all_streams.items() if stream.generators}
     seed = None if executor is None else executor.seed
     return {"seed": seed, "serial": engine.serial, "first": 0 in engine.stages, "streams": own}
 
@@ -44,7 +43,7 @@ def generators(device: torch.device) -> dict[str, Any]:
 def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
     """Let this process's own generators go on from :func:`generators`."""
     torch.set_rng_state(state["torch"])
-    for generator, saved in zip(drawn_from(device)[1:], state["device"], strict=False):
+    for generator, saved in zip(drawn_from(device)[1:], state.get("device", ()), strict=False):
         if saved.shape == generator.get_state().shape:  # else it is from a device of another kind
             generator.set_state(saved)
     version, words, more = state["python"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-__all__ = ["NAME", "can_simulate", "rest", "simulate", "unrecorded", "use"]
+__all__ = ["NAME", "can_simulate", "rest", "simulate", "unrecorded", "use", "waits"]
 
 NAME = "sim"
 _EXTENSION = "lwpm_simulated_device"
@@ -153,6 +154,17 @@ def rest(kind: str) -> None:
         getattr(torch, NAME).extension.sleep(5000)
     else:
         torch.cuda._sleep(10_000_000)
+
+
+@contextmanager
+def waits(found: list[int]) -> Iterator[None]:
+    """Note the thread wherever the host waits for a device meanwhile."""
+    tell = getattr(torch, NAME).extension.on_wait
+    tell(lambda: found.append(threading.get_ident()))
+    try:
+        yield
+    finally:
+        tell(None)
 
 
 def unrecorded() -> int:

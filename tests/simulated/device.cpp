@@ -33,6 +33,7 @@
 
 namespace {
 
+namespace py = pybind11;
 using c10::Device;
 using c10::DeviceIndex;
 using c10::Stream;
@@ -43,6 +44,13 @@ constexpr int POISON = 0xFF;  // NaN as a float, -1 as an integer
 
 std::atomic<int> pause_microseconds{0};  // the longest pause before a result or a copy
 std::atomic<int> unrecorded{0};  // blocks given back that another stream had used without saying so
+auto& on_wait = *new py::object();  // is told whenever the host waits for the device
+
+void waits() {
+  if (!on_wait) return;
+  py::gil_scoped_acquire locked;
+  on_wait();
+}
 
 // ---------------------------------------------------------------------------------------------- streams and events
 
@@ -304,11 +312,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   bool queryEvent(void* event) const override { return !event || (*static_cast<Event*>(event))->query(); }
   void synchronizeEvent(void* event) const override {
+    if (!queryEvent(event)) waits();
     if (event) (*static_cast<Event*>(event))->wait();
   }
   bool queryStream(const Stream& stream) const override { return queue(stream).empty(); }
-  void synchronizeStream(const Stream& stream) const override { queue(stream).drain(); }
+  void synchronizeStream(const Stream& stream) const override {
+    waits();
+    queue(stream).drain();
+  }
   void synchronizeDevice(DeviceIndex device) const override {
+    waits();
     std::vector<Queue*> found;
     {
       std::lock_guard lock(streams_mutex);
@@ -542,6 +555,7 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool non_
         false);
     return target;
   }
+  if (!ours(target)) waits();
   work.drain();
   if (ours(self) && ours(target) && self.device() != target.device()) current_queue(target.device().index()).drain();
   (ours(target) ? on_host(target) : target).copy_(ours(self) ? on_host(self) : self);
@@ -595,6 +609,7 @@ at::Tensor reshape_alias(const at::Tensor& self, c10::IntArrayRef size, c10::Int
 }
 
 at::Scalar local_scalar(const at::Tensor& self) {
+  waits();
   current_queue(self.device().index()).drain();
   return on_host(self).item();
 }
@@ -671,6 +686,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     current_queue(current_device)
         .put([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); }, false);
   });
+  m.def("on_wait", [](py::object told) { on_wait = told.is_none() ? py::object() : told; });
   m.def("unrecorded", [] { return unrecorded.exchange(0); });
   m.def("set_device", [](int device) { Guard().setDevice(Device(KIND, device)); });
   m.def("current_device", [] { return int(current_device); });

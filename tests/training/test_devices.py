@@ -1,17 +1,20 @@
 """Lightning's runs on accelerators, simulated ones: all that is CPU's by accident fails here."""
 
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from pool import Pool
-from simulated import NAME, can_simulate
+from simulated import NAME, can_simulate, waits
 from torch import nn
+from torch.utils.data import DataLoader
 from training import test_hooks as hooks
 from training import test_matrix as matrix
-from training.modules import Classifier, train_loader, val_loader
+from training.modules import Classifier, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
 from training.test_checkpoints import Shuffled
 from training.test_checkpoints_elsewhere import Keeps
@@ -97,6 +100,37 @@ def test_measured_costs_and_late_weight_gradients(devices: Runs) -> None:
     one = devices.one(matrix.clipping, 4)
     for options in ({"costs": "measured"}, {"schedule": "zb1p"}, {"schedule": "zbv", "log_bubble": True}):
         same(one["weights"], devices.on(2, matrix.clipping, 4, **options)[0]["weights"])
+
+
+class Waits(L.Callback):
+    """How often the host waited for its device in the batches of an epoch after some."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+        self.noting = ExitStack()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 4:
+            self.noting.enter_context(waits(self.found))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.noting.close()
+
+
+def waiting(kwargs: dict[str, Any]) -> int:
+    L.seed_everything(5)
+    watch = Waits()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1, "callbacks": [watch], "gradient_clip_val": 0.1})
+    trainer.fit(Classifier(depth=8), DataLoader(data(96), 8))
+    return watch.found.count(threading.get_ident())
+
+
+def test_the_host_waits_for_its_device_once_a_batch_not_once_a_microbatch(devices: Runs) -> None:
+    few, many = (devices.on(2, waiting, count) for count in (2, 8))
+    assert few == many
+    assert max(few) <= 8 * 8  # batches
 
 
 @pytest.mark.parametrize("world", [1, 3])
