@@ -21,7 +21,9 @@ from lightning_lwpm.staging.tree import map_tensors
 Scenario = Callable[[dict[str, Any]], Any]
 
 
-def run_here(rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None, kind: str) -> Any:
+def run_here(
+    rank: int, world: int, scenario: Scenario, folder: str, options: dict[str, Any] | None, kind: str = "cpu"
+) -> Any:
     """Run a scenario in a worker; ``options`` of the strategy, or ``None`` for stock Lightning."""
     strategy: Any = "auto" if options is None else LWPMStrategy(**{"patience": 5, "costs": "estimated", **options})
     kwargs = {
