@@ -1,6 +1,6 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from lightning_lwpm.pipeline.schedule import Table
 from lightning_lwpm.staging.batch_norm import batch_norms
 from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.layer_random import LayerRandom
-from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.layout import Layout, Unit
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy
 from lightning_lwpm.training.admission import Rules
 from lightning_lwpm.training.building import initialise
@@ -262,7 +262,9 @@ class LWPMStrategy(StatefulStrategy):
             engine = self._start_engine(layout)
             if self.world_size > 1:
                 in_step = module.automatic_optimization and not self._asynchronous
-                self._hooks = Hooks(module, trainer, self.mailbox, self._holders, self.begin_again, in_step)
+                self._hooks = Hooks(
+                    module, trainer, self.mailbox, self._holders, self._units, self.begin_again, in_step
+                )
                 self._hooks.install()
                 self._join_precision()
             if self._recorder is not None:
@@ -340,6 +342,10 @@ class LWPMStrategy(StatefulStrategy):
     def _holders(self) -> Holders:
         assert self._engine is not None
         return holders(self._engine.layout, self.world_size)
+
+    def _units(self) -> Sequence[Unit]:
+        assert self._engine is not None
+        return self._engine.layout.units
 
     @property
     def _asynchronous(self) -> bool:
@@ -484,7 +490,7 @@ class LWPMStrategy(StatefulStrategy):
     @override
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         assert self._hooks is not None
-        with self.steps.paused(), self._hooks.together.aside():
+        with self.steps.paused(), self._hooks.together.aside(changes=True):
             super()._clip_by_norm(optimizer, clip_val)
 
     @override
@@ -498,6 +504,13 @@ class LWPMStrategy(StatefulStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
+
+    @override
+    @contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        aside = self._hooks.together.aside() if self._hooks is not None else nullcontext()
+        with aside, super().told(what):
+            yield
 
     # -- end -----------------------------------------------------------------------------------------------------
 

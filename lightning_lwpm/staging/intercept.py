@@ -5,6 +5,7 @@ What torch calls itself (hooks, ``__call__``) goes on as always; afterwards the 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -75,4 +76,9 @@ class _Forward:
         return step.call(self.unit, self.module, self.forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.forward
+        owner = memo.get(id(self.module))
+        function = getattr(self.forward, "__func__", None)
+        return self.forward if owner is None or function is None else MethodType(function, owner)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")

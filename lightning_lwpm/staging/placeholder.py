@@ -110,10 +110,9 @@ class Placeholder(Tensor):
         return self._values().tolist()
 
     def _values(self) -> Tensor:
-        read = getattr(_READING, "read", None)
-        if read is None:
+        if not _readable():
             raise ConfigurationError(_LEFT if self.left else _ASKED)
-        return read(self)  # type: ignore[no-any-return]
+        return _READING.read(self)  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Placeholder({tuple(self.shape)}, {self.dtype}, device={self.device})"
@@ -128,7 +127,11 @@ class Placeholder(Tensor):
         if self.left:
             raise ConfigurationError(_LEFT)
         if get_spawning_popen() is None:  # a worker of a DataLoader may get it with what it is a part of
-            raise ConfigurationError(_SAVED)
+            if not _readable():
+                raise ConfigurationError(_SAVED)
+            values = self._values().cpu()  # one after another: all of them may be too many for the device
+            like = nn.Parameter(values, self.requires_grad) if isinstance(self, nn.Parameter) else values
+            return like.__reduce_ex__(protocol)
         kind = (tuple(self.shape), self.dtype, str(self.device), isinstance(self, nn.Parameter), self.requires_grad)
         return _rebuild, kind
 
@@ -159,7 +162,7 @@ def placeholder_like(tensor: Tensor, device: torch.device | None = None) -> Any:
 
 @contextmanager
 def placeholders_read(read: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let values of placeholders be had as arrays and numbers in this block of this thread.
+    """Let values of placeholders be had as arrays and numbers, and be pickled, in this block of this thread.
 
     Args:
         read: Gives the values of one.
@@ -169,6 +172,11 @@ def placeholders_read(read: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _READING.read = None
+
+
+def _readable() -> bool:
+    """Whether this is in a block of :func:`placeholders_read`."""
+    return getattr(_READING, "read", None) is not None
 
 
 def is_placeholder(value: Any) -> bool:

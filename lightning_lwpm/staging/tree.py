@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # registry of third-party nodes (transformers' ModelOutput, ...)
 
-__all__ = ["Opaque", "duplicate", "flatten", "map_tensors", "tensors", "unflatten"]
+__all__ = ["Opaque", "duplicate", "flatten", "is_plain", "map_tensors", "tensors", "unflatten"]
 
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, slice, type(...))
 
@@ -44,7 +44,7 @@ def flatten(value: Any, leaves: list[Tensor]) -> Any:
         return (kind, None, [flatten(item, leaves) for item in value])
     if kind is dict:
         return (dict, list(value), [flatten(item, leaves) for item in value.values()])
-    if isinstance(value, _PLAIN) or value is None:
+    if is_plain(value):
         return ("plain", value, None)
     if kind in pytree.SUPPORTED_NODES:
         children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
@@ -86,6 +86,11 @@ def unflatten(spec: Any, leaves: Iterator[Any]) -> Any:
     if kind == "dataclass":
         return _copy_with(original, dict(zip(names, items, strict=True)), object.__setattr__)
     return _copy_with(original, dict(zip(names, items, strict=True)), lambda new, key, item: new.__setitem__(key, item))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a string or the like, which nobody can change."""
+    return isinstance(value, _PLAIN)
 
 
 def _copy_with(original: Any, items: dict[Any, Any], assign: Callable[[Any, Any, Any], None]) -> Any:

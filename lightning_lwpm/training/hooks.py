@@ -5,6 +5,8 @@
     hooks before an optimizer's step   every rank; they may read all gradients and weights (not where batches overlap)
     on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
+    they, and all hooks that come      every rank; they may read all weights, save them and run the model
+    between batches, not after each
 
 What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
 What all ranks read: see ``together``.
@@ -14,7 +16,7 @@ A hook on the module is replaced on the instance, for the time between ``setup``
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
+from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.checks import BEFORE_STEPS, users
 from lightning_lwpm.training.example import Example
@@ -38,8 +41,13 @@ from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Hooks"]
 
-_EPOCH_ENDS = ("on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end", "on_predict_epoch_end")
-_BATCH_ENDS = ("on_train_batch_end", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
+_STAGES = ("train", "validation", "test", "predict")
+_EPOCH_ENDS = tuple(f"on_{stage}_epoch_end" for stage in _STAGES)
+_BATCH_ENDS = tuple(f"on_{stage}_batch_end" for stage in _STAGES)
+_AT_REST = (
+    *("on_sanity_check_start", "on_sanity_check_end"),
+    *(f"on_{stage}_{when}" for stage in _STAGES for when in ("start", "epoch_start", "epoch_end", "end")),
+)
 # Lightning sees a process group and cannot know that all ranks hold the same values.
 _ADVICE = r"It is recommended to use `self\.log\(.*sync_dist=True\)`"
 
@@ -52,6 +60,7 @@ class Hooks:
         trainer: Its trainer.
         mailbox: The control connections.
         holders: Gives who holds which weights now.
+        units: Gives the modules of which each lies in one stage now.
         before_data: Called before the training data is read.
         in_step: Whether all ranks come to the hooks before an optimizer's step at the same time.
 
@@ -67,11 +76,12 @@ class Hooks:
         trainer: Trainer,
         mailbox: Mailbox,
         holders: Callable[[], Holders],
+        units: Callable[[], Sequence[Unit]],
         before_data: Callable[[], None],
         in_step: bool,
     ) -> None:
         self.before_data, self.in_step = before_data, in_step
-        self.together = Together(mailbox, module, holders)
+        self.together = Together(mailbox, module, holders, units)
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
@@ -89,11 +99,12 @@ class Hooks:
         for name in _BATCH_ENDS:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
-        for place in users(self.module, self.trainer) if self.in_step else ():
-            for name in BEFORE_STEPS:
-                if hasattr(LightningModule if place is self.module else Callback, name) and is_overridden(name, place):
+        for place in users(self.module, self.trainer):
+            for name in [*_AT_REST, *(BEFORE_STEPS if self.in_step else ())]:
+                has = hasattr(LightningModule if place is self.module else Callback, name)
+                if has and is_overridden(name, place) and not (place is self.module and name in _EPOCH_ENDS):
                     what = f"`{name}` of {type(place).__name__}"
-                    self._replace(name, functools.partial(self._before_step, what), place)
+                    self._replace(name, functools.partial(self._reads_all, what), place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
@@ -154,7 +165,7 @@ class Hooks:
         place.__dict__[name] = functools.update_wrapper(replaced, original)
         self._replaced.append(replaced)
 
-    def _before_step(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _reads_all(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run it on every rank, with all gradients and weights to read."""
         with self.together.hook(what):
             return original(*args, **kwargs)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 
 __all__ = ["Lockstep"]
@@ -31,20 +32,22 @@ class Lockstep:
     Attributes:
         count: The results told so far, and one for the beginning of changes.
         changing: Whether the first change has come.
+        changes: How many changes this rank has made of what all have to change alike.
     """
 
     def __init__(self, mailbox: Mailbox, turn: int, what: str) -> None:
         self.mailbox, self.turn, self.what = mailbox, turn, what
         self.others = [rank for rank in range(mailbox.world) if rank != mailbox.rank]
-        self.count, self.changing = 0, False
+        self.count, self.changing, self.changes = 0, False, 0
         self._at = self._marked = -1.0
         self._told: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
         self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
+        self._changes = dict.fromkeys(self.others, 0)  # the changes that each had made by then
 
     def tell(self, ranks: Iterable[int], value: Any) -> None:
         """Tell some ranks the next result; :meth:`advance` follows."""
         for rank in ranks:
-            self._post(rank, (self.count + 1, value))
+            self._post(rank, self.count + 1, value)
 
     def hear(self, rank: int) -> tuple[int, Any] | None:
         """What a rank tells next, and as which result; ``None`` if it is on another path. :meth:`advance` follows."""
@@ -66,8 +69,20 @@ class Lockstep:
             self.changing = True
 
     def end(self) -> None:
-        """Wait until all ranks have ended."""
+        """Wait until all ranks have ended.
+
+        Raises:
+            ConfigurationError: if one of them has changed what another has not.
+        """
         self._all_reach(math.inf)
+        for rank, changes in self._changes.items():
+            if changes != self.changes:
+                most = rank if changes > self.changes else self.mailbox.rank
+                raise ConfigurationError(
+                    f"{self.what} changes gradients or weights on rank {most} that it leaves as they are on another "
+                    "rank, so that the ranks would go on with different models. Let it change them on every rank, not "
+                    "under `if trainer.is_global_zero`, or do it in `on_train_batch_end` of the module."
+                )
 
     def _all_reach(self, at: float) -> None:
         self._at = at
@@ -80,8 +95,8 @@ class Lockstep:
         key = ("together", (self.turn, rank))
         if self._marked < self._at and not self.mailbox.arrives(*key, _SOON_SECONDS):
             self._mark()
-        count, *value = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
-        self._come[rank] = max(self._come[rank], count)
+        count, changes, *value = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
+        self._come[rank], self._changes[rank] = max(self._come[rank], count), changes
         if value:
             self._told[rank].append((count, *value))
 
@@ -89,7 +104,7 @@ class Lockstep:
         """Tell all ranks how far this one is."""
         self._marked = self._at
         for rank in self.others:
-            self._post(rank, (self._at,))
+            self._post(rank, self._at)
 
-    def _post(self, rank: int, message: Any) -> None:
-        self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), message)
+    def _post(self, rank: int, at: float, *value: Any) -> None:
+        self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), (at, self.changes, *value))

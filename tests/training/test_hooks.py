@@ -511,18 +511,6 @@ def saving(kwargs: dict[str, Any]) -> None:
     L.Trainer(**kwargs | {"max_epochs": 1}).fit(Saving(), train_loader(20))
 
 
-class Sampling(L.Callback):
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        pl_module(data().tensors[0])
-
-
-def sampling(kwargs: dict[str, Any]) -> None:
-    L.Trainer(**kwargs | {"max_epochs": 1, "callbacks": [Sampling()]}).fit(Classifier(), train_loader(20))
-
-
 def test_what_one_rank_cannot_do_alone_says_so(runs: Runs) -> None:
     with pytest.raises(WorkerError, match=r"runs on rank 0 only.*trainer\.save_checkpoint.*Do it in a callback"):
         runs.on(2, saving)
-    with pytest.raises(WorkerError, match=r"In a callback the model cannot be run.*on_train_epoch_end"):
-        runs.on(2, sampling)
