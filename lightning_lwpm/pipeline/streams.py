@@ -4,10 +4,13 @@
             ready yet, which the thread waits for
     post    a large message, and all before it, are read ahead by a thread; a small one stays with the system until
             somebody waits for it, who then reads it: to wake another thread takes longer than that
+    wait    looks again and again for a moment before it sleeps, where each rank has a core: to be woken takes longer
+            than most messages are late
 
 Every message begins with its length: both ends know it, and notice here if they do not agree.
 """
 
+import os
 import select
 import socket
 import threading
@@ -22,6 +25,8 @@ __all__ = ["Pending", "Stream"]
 
 _AHEAD_BYTES = 32 << 10
 """Messages of so many bytes are read ahead."""
+
+_SPIN_SECONDS = 2e-4
 
 _HEADER_BYTES = 8
 
@@ -69,10 +74,12 @@ class Stream:
     Args:
         connection: The socket.
         name: Of the other rank, for the names of threads.
+        spin: Whether to look again and again for a moment before a wait sleeps.
     """
 
-    def __init__(self, connection: socket.socket, name: str) -> None:
+    def __init__(self, connection: socket.socket, name: str, spin: bool = False) -> None:
         self._connection, self._name = connection, name
+        self._spin_seconds = _SPIN_SECONDS if spin else 0.0
         connection.setblocking(True)
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
@@ -145,22 +152,42 @@ class Stream:
             OSError: If the connection has ended, or another message comes than this one.
         """
         if pending._done is not None:
-            return _finished(pending, seconds)
+            return self._finished(pending, seconds)
         if pending.come:
             return True
         if self._latest is not None:
-            if not _finished(self._latest, seconds):
+            if not self._finished(self._latest, seconds):
                 return False
             self._latest = None
         while True:
             try:
                 self._posted[0].read(self._connection, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                if not seconds or not self._poll.poll(seconds * 1000):
+                if not seconds or not (self._spun() or self._poll.poll(seconds * 1000)):
                     return False
             else:
                 if self._posted.popleft() is pending:
                     return True
+
+    def _finished(self, pending: Pending, seconds: float) -> bool:
+        """Wait for the thread to have read a message; whether it has."""
+        done = pending._done
+        assert done is not None
+        if not done.is_set() and not (seconds and self._spun(done)) and not done.wait(seconds):
+            return False
+        if pending._error is not None:
+            raise pending._error
+        return True
+
+    def _spun(self, done: threading.Event | None = None) -> bool:
+        """Look for a moment whether the thread is done, or else whether there is something to read."""
+        end = time.perf_counter() + self._spin_seconds
+        while time.perf_counter() < end:
+            readable = self._poll.poll(0)  # which lets other threads run
+            if readable if done is None else done.is_set():
+                return True
+            os.sched_yield()
+        return False
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -198,15 +225,6 @@ def _at_once() -> None:
 def _quietly(work: Callable[[], Any]) -> None:
     with suppress(OSError):  # the connection has ended: the mailbox finds out why
         work()
-
-
-def _finished(pending: Pending, seconds: float) -> bool:
-    assert pending._done is not None
-    if not pending._done.wait(seconds):
-        return False
-    if pending._error is not None:
-        raise pending._error
-    return True
 
 
 def _after(views: list[memoryview], count: int) -> list[memoryview]:

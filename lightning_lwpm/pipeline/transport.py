@@ -23,6 +23,7 @@ from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.pipeline.forks import guard
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.meeting import meet
+from lightning_lwpm.pipeline.sockets import within_host
 from lightning_lwpm.pipeline.streams import Pending, Stream
 
 __all__ = ["LAST_MESSAGES_SECONDS", "Receive", "Transport"]
@@ -89,8 +90,10 @@ class Transport:
         self.streams: dict[int, Stream] = {}
         turn = iter(range(2))
         met = meet(mailbox.rank, mailbox.world, lambda value: mailbox.gather(("meet", next(turn)), value))
+        near = 1 + sum(map(within_host, met.values()))
+        spin = near <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else False
         for peer, connection in met.items():
-            self.streams[peer] = Stream(socket.socket(fileno=os.dup(connection.fileno())), str(peer))
+            self.streams[peer] = Stream(socket.socket(fileno=os.dup(connection.fileno())), str(peer), spin)
             connection.close()
         guard(self)
 
