@@ -19,6 +19,9 @@ class WorkerError(AssertionError):
     """A test function failed in a worker; holds the traceback of each rank."""
 
 
+_PRELOADED = ["torch", "lightning", "torchmetrics", "lightning_lwpm"]
+"""What a server imports once: each worker is a fork of it, so that those ended by a failure are replaced at once."""
+
 _START_SECONDS = 120.0  # several processes import on two cores
 
 
@@ -131,7 +134,8 @@ class Pool:
         for index in reversed(range(len(self.workers))):
             if not self.workers[index][0].is_alive():
                 self._end(index)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         started = len(self.workers)
         while len(self.workers) < max(world, min(2, self.size)):
             here, there = context.Pipe()
