@@ -1,6 +1,7 @@
 """Chooses partition, number of micro-batches and schedule: each candidate is planned, run in thought, and compared."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -67,30 +68,39 @@ def choose(
             return Choice(planned(looks[0], seen, num_ranks, wish, 1, each[0]), looks[0])
         except NothingFits:
             raise refusal(looks, seen, num_ranks, None, wish, 1, each[0]) from None
-    found: dict[int, Choice] = {}
+    found: dict[int, tuple[Look, list[PartitionPlan]]] = {}
     counts = candidates(wish.num_microbatches, min(num_ranks, each[0].stages), samples, wish.least_samples)
     for count in counts:
         look = look_at(looks, (samples or 1) / count, wish)
-        best = _best(look, seen, num_ranks, wish, count, called_again(look, seen, wish, num_ranks) + each)
-        if best is not None:
-            found[count] = best
+        plans = _plans(look, seen, num_ranks, wish, count, called_again(look, seen, wish, num_ranks) + each)
+        if plans:
+            found[count] = look, plans
     if not found:  # tell of what needs least: the smallest micro-batches, and the schedule that holds fewest of them
         raise refusal(looks, seen, num_ranks, samples, wish, counts[-1], each[0])
-    seconds = {count: _seconds(choice.plan) for count, choice in found.items()}
+    seconds = {count: _seconds(_best(plans)) for count, (_, plans) in found.items()}
     least = min(seconds.values())
     count = next(count for count in seconds if seconds[count] <= least * _AS_GOOD)
-    look, chosen = found[count].look, found[count]
+    look, plans = found[count]
     evened = [_evened(lineup, look, seen, num_ranks, wish, count) for lineup in each]
-    chosen = _best(look, seen, num_ranks, wish, count, [lineup for lineup in evened if lineup], chosen) or chosen
-    plan = chosen.plan
-    if (
-        wish.schedule == "auto"
-        and 1 < len(plan.stages) * count <= _ORDERED
-        and shortest(plan) * _FASTER < _seconds(plan)
-    ):
-        made = Lineup("auto", plan.ranks, _begins(look, plan.cuts))
-        chosen = _best(look, seen, num_ranks, wish, count, [made], chosen) or chosen
-    return replace(chosen, considered={**seconds, count: _seconds(chosen.plan)})
+    plans += _plans(look, seen, num_ranks, wish, count, [lineup for lineup in evened if lineup])
+    best = _best(plans)
+    if wish.schedule == "auto":
+        made = _made_to_measure(look, [best, *sorted(plans, key=_seconds)], count)
+        best = _best([best, *sorted(_plans(look, seen, num_ranks, wish, count, made), key=_seconds)])
+    return Choice(best, look, {**seconds, count: _seconds(best)})
+
+
+def _made_to_measure(look: Look, plans: Sequence[PartitionPlan], count: int) -> list[Lineup]:
+    """The stages of some plans, with a schedule made for each: of the first, and of others as far as time allows."""
+    least, room = _seconds(plans[0]), _ORDERED
+    found: list[Lineup] = []
+    for plan in plans:
+        lineup = Lineup("auto", plan.ranks, _begins(look, plan.cuts))
+        size = len(plan.stages) * count
+        if 1 < size <= room and lineup not in found and shortest(plan) * _FASTER < least:
+            found.append(lineup)
+            room -= size
+    return found
 
 
 def _evened(lineup: Lineup, look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int) -> Lineup | None:
@@ -115,24 +125,24 @@ def _begins(look: Look, cuts: Sequence[int]) -> tuple[str, ...]:
     return tuple(label(call.name, call.occurrence) for call in calls)
 
 
-def _best(
-    look: Look,
-    seen: Probe,
-    num_ranks: int,
-    wish: Wish,
-    count: int,
-    each: Sequence[Lineup],
-    found: Choice | None = None,
-) -> Choice | None:
-    """The first of some line-ups than which no later one is clearly faster; ``None`` if none fits."""
+def _plans(
+    look: Look, seen: Probe, num_ranks: int, wish: Wish, count: int, each: Sequence[Lineup]
+) -> list[PartitionPlan]:
+    """The plans of those line-ups that fit the devices."""
+    found = []
     for lineup in each:
-        try:
-            plan = planned(look, seen, num_ranks, wish, count, lineup)
-        except NothingFits:
-            continue
-        if found is None or _seconds(plan) * _FASTER < _seconds(found.plan):
-            found = Choice(plan, look)
+        with suppress(NothingFits):
+            found.append(planned(look, seen, num_ranks, wish, count, lineup))
     return found
+
+
+def _best(plans: Sequence[PartitionPlan]) -> PartitionPlan:
+    """The first of some plans than which no later one is clearly faster."""
+    best = plans[0]
+    for plan in plans[1:]:
+        if _seconds(plan) * _FASTER < _seconds(best):
+            best = plan
+    return best
 
 
 def candidates(wanted: int | Literal["auto"], stages: int, samples: int | None, least: int = 1) -> list[int]:
