@@ -11,6 +11,7 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.device_times import DeviceTimes
 from lightning_lwpm.pipeline.exchange import Item, exchanges
 from lightning_lwpm.pipeline.executor import Executor
+from lightning_lwpm.pipeline.lending import Lending
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.rendezvous import Message, channels
@@ -125,6 +126,7 @@ class Engine:
                 {stage: TorchRandom(seed + serial, stage, device) for stage in self.stages},
                 self.times,
                 self._recompute,
+                Lending(mailbox, root, layout, device),
                 random,
             )
 

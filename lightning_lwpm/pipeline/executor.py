@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_lwpm.pipeline.exchange import Exchange, Item
+from lightning_lwpm.pipeline.lending import Lending
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
@@ -15,6 +16,7 @@ from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
+from lightning_lwpm.staging.onward import EvaluatedStep
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.step import Peers, StagedStep
@@ -38,11 +40,13 @@ class Executor:
         random: By stage of this rank, torch's random numbers.
         times: Where the work of training is noted.
         recompute: What is computed again in backward passes.
+        lender: Brings weights of other ranks to steps of evaluation that need them.
         layers: Torch's random numbers where they are to depend on layers, and not on stages.
 
     Attributes:
         step: The run of the user's step that is under way.
         at_last: Whether it is, or was, one of the last stage, which runs to the loss.
+        onward: Where the latest step of evaluation has gone back to earlier layers; "" if it has not.
         deferral: The weight gradients that a split backward pass has left for later.
     """
 
@@ -59,13 +63,15 @@ class Executor:
         random: Mapping[int, TorchRandom],
         times: Times,
         recompute: Recompute,
+        lender: Lending,
         layers: LayerRandom | None = None,
     ) -> None:
         self.mailbox, self.exchanges, self.postings = mailbox, exchanges, postings
         self.num_stages, self.interception, self.versions = num_stages, interception, versions
         self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
-        self.random, self.layers = random, layers
+        self.random, self.layers, self.lender = random, layers, lender
         self.step: StagedStep | None = None
+        self.onward = ""
         self.at_last = False
         self.deferral = Deferral(lambda: self.step is not None and not self.step.inside)
 
@@ -144,7 +150,8 @@ class Executor:
         def run(peers: Peers) -> Any:
             """The stage's part of the step; in its backward pass once more, if it is computed again."""
             before = self.step, self.at_last
-            step = StagedStep(stage, last, self.interception, peers, self.device, self.layers)
+            about = stage, last, self.interception, peers, self.device, self.layers
+            step = StagedStep(*about) if item.grad else EvaluatedStep(self.lender, *about)
             self.step, self.at_last = step, last
             steps.append(step)
             try:
@@ -163,6 +170,8 @@ class Executor:
         finally:
             for step in steps[:1]:
                 step.close()
+                self.onward = step.onward if isinstance(step, EvaluatedStep) else ""
+            self.lender.end()
         return out
 
     def _drawn(self, stage: int, item: Item) -> AbstractContextManager[None]:

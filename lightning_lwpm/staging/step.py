@@ -12,7 +12,7 @@ ran it has published; so a ghost call is one look-up, and no layer is ever run o
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.beside import Attributes
 from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
@@ -111,39 +112,37 @@ class StagedStep(TorchFunctionMode):
         occurrence = self.calls.get(unit.name, 0)
         self.calls[unit.name] = occurrence + 1
         # a module called more often than planned goes on in the stage of its last planned call
-        stage = unit.stages[min(occurrence, len(unit.stages) - 1)]
-        self._reach_stage(stage, unit)
+        stage = self._reach_stage(unit.stages[min(occurrence, len(unit.stages) - 1)], unit)
         self.unit, self.occurrence, self.index, self.at = unit.name, occurrence, 0, stage
         self.__exit__(None, None, None)  # inside a layer nothing is intercepted: it runs at full speed
         self.inside = True
         try:
             key = (unit.name, occurrence, 0)
-            stored = [(module.get_submodule(path), name) for path, name in unit.attributes]
+            beside = self._beside(unit, module, args, kwargs)
             if stage != self.stage:
                 if self.random is not None:
                     self.random.pass_over(module)
                 out = self._ghost(key, "layer", tensors((args, kwargs)), None)
-                if not stored:
+                if not beside:
                     return out
                 out, values = out
-                for (owner, name), value in zip(stored, values, strict=True):
-                    owner.__dict__[name] = value
+                beside.adopt(values)
                 return out
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 with self.as_written.left():
                     out = forward(*args, **kwargs)
-                return (out, [owner.__dict__.get(name) for owner, name in stored]) if stored else out
+                return (out, beside.changed()) if beside else out
 
             args, kwargs, given = self._given(args, kwargs)
             out = self._real(key, "layer", run, args, kwargs, given)
-            return out[0] if stored else out
+            return out[0] if beside else out
         finally:
             self.inside = False
             self.__enter__()
 
-    def _reach_stage(self, stage: int, unit: Unit) -> None:
-        """A layer of a stage is called: whether the step goes on here."""
+    def _reach_stage(self, stage: int, unit: Unit) -> int:
+        """A layer of a stage is called: the stage in which the step goes on, if it does here."""
         if stage < self.at:
             raise PipelineError(
                 f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
@@ -151,8 +150,17 @@ class StagedStep(TorchFunctionMode):
                 "`partition=[...]` so that those called in changing order share a stage."
             )
         if stage > self.stage:
-            self.reach.prune()  # here, where all variables of the step are still there
-            raise StageExit
+            self._leave()
+        return stage
+
+    def _leave(self) -> NoReturn:
+        """Leave the user's step."""
+        self.reach.prune()  # here, where all variables of the step are still there
+        raise StageExit
+
+    def _beside(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> Attributes:
+        """What a call of a layer may change beside returning something."""
+        return Attributes(unit, module)
 
     def _local(self, tensor: Tensor) -> Tensor:
         """A tensor as a call of this stage is given it."""

@@ -89,9 +89,10 @@ class WholeStep(StagedStep):
     # -- segments ------------------------------------------------------------------------------------------------
 
     @override
-    def _reach_stage(self, stage: int, unit: Unit) -> None:
+    def _reach_stage(self, stage: int, unit: Unit) -> int:
         if stage != self.at:
             self.turn(stage)
+        return stage
 
     def turn(self, stage: int) -> None:
         """End the present segment, and begin one of a stage."""

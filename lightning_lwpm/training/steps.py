@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_lwpm.pipeline.asynchronous.continuous import Work
@@ -106,6 +107,7 @@ class Steps:
         self.count, self.least = count, least
         self.book = LogBook(module, self.mailbox)
         self._turn = 0
+        self._told: set[str] = set()  # the steps of evaluation of which the user knows that they run layers again
         self.termination = Termination(trainer, self.mailbox, interruption)
         self._begun: deque[_Pass] = deque()  # of batches to come
         self._late = LateChanges(self.current, self.mailbox.label)
@@ -221,7 +223,19 @@ class Steps:
                 return getattr(self.module, name)(*arguments(micro))
 
         out = self.engine.evaluate(split, forward, self._fetcher(split), name)[0]
+        self._tell_of_passes(name)
         return self._evaluated(name, out)
+
+    def _tell_of_passes(self, name: str) -> None:
+        """Say once that a step of evaluation runs layers again, which costs time."""
+        onward = self.engine.executor.onward if self.engine.executor is not None else ""
+        if onward and name not in self._told:
+            self._told.add(name)
+            rank_zero_info(
+                f"`{name}` runs the model several times (it comes to {onward} again): after the first pass rank 0 runs "
+                "it by itself, with the weights of other ranks, which are sent for each such batch. The result is that "
+                "of one device; it takes the time of one device, and memory for all weights there."
+            )
 
     def _evaluated(self, name: str, out: Any) -> Any:
         """An evaluation step has ended: its output on rank 0, and where it is looked at."""

@@ -1,0 +1,138 @@
+"""Steps of evaluation that call layers of earlier stages again: generation, several passes through the model.
+
+::
+
+    stage 0     a b |                                  leaves, and goes on with the next batch
+    stage 1         | c d |                            leaves
+    stage 2               | e f   a b c d e f  a b ... goes on by itself: earlier layers run with weights that are lent
+
+Until a step goes back, stages work as always, on consecutive batches at the same time. Then the last one, which all
+tensors reach anyway, runs all layers, with the weights of others for as long as the step lasts. So nobody has to know
+beforehand which step of which batch goes back.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from lightning_lwpm.errors import ConfigurationError
+from lightning_lwpm.staging.beside import Attributes, Objects
+from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.placeholder import Placeholder
+from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.staging.tree import duplicate, map_tensors, tensors
+
+__all__ = ["EvaluatedStep", "Lender", "with_weights"]
+
+
+class Lender(Protocol):
+    """Brings weights of other ranks."""
+
+    def weights(self, unit: str, module: nn.Module) -> dict[str, Tensor]:
+        """The parameters and buffers of a module that are not here, by their names in it."""
+
+    def values(self, placeholder: Tensor) -> Tensor:
+        """The values of a parameter or buffer that is not here."""
+
+    def stages(self, weight: Tensor) -> tuple[int, ...] | None:
+        """The stages that hold a parameter; ``None`` if all do, or it is none."""
+
+
+class EvaluatedStep(StagedStep):
+    """One run of a step of evaluation on one batch, for one stage.
+
+    Args:
+        lender: Brings weights of other ranks.
+        args: As for :class:`StagedStep`.
+
+    Attributes:
+        onward: What the last stage has used of an earlier one after its own layers; "" before.
+    """
+
+    def __init__(self, lender: Lender, *args: Any) -> None:
+        super().__init__(*args)
+        self.lender, self.onward = lender, ""
+
+    @override
+    def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call(unit, module, partial(self._with_lent, unit, module, forward), args, kwargs)
+
+    @override
+    def _reach_stage(self, stage: int, unit: Unit) -> int:
+        if not self.onward and stage >= self.at:
+            return super()._reach_stage(stage, unit)
+        self._go_on(f"layer '{unit.name}'")
+        return self.stage
+
+    def _go_on(self, what: str) -> None:
+        """Something of an earlier stage is used: the last stage goes on by itself, others leave."""
+        if not self.last:
+            self._leave()
+        self.onward, self.at = self.onward or what, self.stage
+
+    @override
+    def _beside(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> Attributes:
+        if self.last and self.at == self.stage:  # nobody asks
+            return super()._beside(unit, module, args, kwargs)
+        return Objects(unit, module, (args, kwargs), set(map(id, self.reach.tensors.values())))
+
+    @override
+    def _local(self, tensor: Tensor) -> Tensor:
+        if self.onward and type(tensor) is Placeholder:
+            return self.lender.values(tensor)
+        return super()._local(tensor)
+
+    @override
+    def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        weights = [t for t in tensors((args, kwargs)) if isinstance(t, nn.Parameter | Placeholder)]
+        if weights and not self.onward:
+            for weight in weights:
+                stages = self.lender.stages(weight)
+                if stages is not None and self.at not in stages:
+                    self._go_on("a parameter between layers")
+                    break
+        if self.onward and any(type(weight) is Placeholder for weight in weights):
+            args, kwargs = map_tensors(self._local, (args, kwargs))
+        return super()._function(func, types, args, kwargs)
+
+    def _with_lent(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.onward:
+            return forward(*args, **kwargs)
+        lent = self.lender.weights(unit.name, module)
+        if not lent:
+            return forward(*args, **kwargs)
+        buffers = [(name, duplicate(lent[name])) for name, _ in module.named_buffers() if name in lent]
+        out = with_weights(module, forward, lent)(*args, **kwargs)
+        for name, before in buffers:
+            if not torch.equal(before, lent[name]):
+                raise ConfigurationError(
+                    f"'{unit.name}.{name}' changes in a step of evaluation that runs the model several times (as "
+                    "BatchNorm does in training mode): call `eval()` on that layer, or run the model once."
+                )
+        return out
+
+
+def with_weights(module: nn.Module, forward: Callable[..., Any], weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """``forward`` of a module with other weights.
+
+    Args:
+        module: The module.
+        forward: Its ``forward``, which may have been replaced there.
+        weights: Parameters and buffers by name; the others stay.
+    """
+    named = {f"module.{name}": tensor for name, tensor in weights.items()}
+    return lambda *args, **kwargs: functional_call(_Calling(module, forward), named, args, kwargs, tie_weights=False)
+
+
+class _Calling(nn.Module):
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.run = module, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)

@@ -1,0 +1,114 @@
+"""Steps of evaluation that run the model several times, or on its own output, with the numbers of one device."""
+
+import functools
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from training.modules import Classifier, Recorder, train_loader, val_loader
+from training.runs import Runs, metrics, same, weights
+from training.test_running import gpt2, llama
+
+
+class Passes(Classifier):
+    """Averages over versions of a batch, feeds the model with its own output, every other batch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(6))
+        self.register_buffer("scale", torch.rand(12))
+        self.blocks[1].register_buffer("shift", torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inlet(x + self.position) * self.scale
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().validation_step(batch, batch_idx)
+        x, y = batch
+        if batch_idx % 2:
+            out = torch.stack([self(x), self(x.flip(0)).flip(0), self(-x)]).mean(0)
+            self.log("val/averaged", nn.functional.cross_entropy(out, y))
+            for step in range(3):
+                x = torch.cat([x[:, 3:], self(x)], 1)
+                self.log(f"val/own_{step}", x.norm(), on_step=True, on_epoch=True)
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        with torch.no_grad():
+            h = self.blocks[0](self.blocks[1](self.inlet(x)))  # another order than that of training
+        self.val_acc(self.head(h), y)
+        self.log("test/acc", self.val_acc)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"out": self(self(batch[0]).repeat(1, 2)), "early": self.inlet(batch[0])}
+
+
+def passes(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, recorder = Passes(), Recorder()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "logger": recorder, "log_every_n_steps": 1})
+    trainer.fit(module, train_loader(36), val_loader())
+    found = [weights(module), metrics(trainer), recorder.rows if trainer.is_global_zero else None]
+    found += [trainer.test(module, val_loader()), trainer.predict(module, val_loader())]
+    return [*found, trainer.validate(module, val_loader())]
+
+
+def test_passes(runs: Runs) -> None:
+    expected = runs.one(passes)
+    for world, options in ((2, {}), (3, {}), (2, {"schedule": "interleaved_1f1b"})):
+        for rank, found in enumerate(runs.on(world, passes, **options)):
+            if rank:
+                found[2] = expected[2]
+                found[4] = expected[4]
+            same(expected, found, f"rank {rank} of {world} {options}")
+
+
+class Generating(L.LightningModule):
+    """Language models that generate in steps, as in the examples of transformers."""
+
+    def __init__(self, net: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.net, self.options = net, {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False, **options}
+        self.words: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.training_step(batch, batch_idx))
+        if batch_idx == 1:
+            self.words.append(self.net.model.generate(batch[0][:, :4], **self.options))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net.model.generate(batch[0][:, :4], **self.options)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+NETS: Any = {"gpt2": gpt2, "llama": llama}
+OPTIONS: dict[str, Any] = {"greedy": {}, "beams": {"num_beams": 2}, "no cache": {"use_cache": False}}
+
+
+def generating(kwargs: dict[str, Any], net: str, option: str) -> Any:
+    L.seed_everything(3)
+    module = Generating(NETS[net](), **OPTIONS[option])
+    loader = DataLoader(TensorDataset(torch.randint(0, 500, (12, 10))), 4)
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(module, loader, loader)
+    return weights(module), metrics(trainer), module.words, trainer.predict(module, loader)
+
+
+@pytest.mark.parametrize(("net", "option"), [("gpt2", "greedy"), ("gpt2", "beams"), ("llama", "greedy")])
+def test_generation(runs: Runs, net: str, option: str) -> None:
+    run = functools.partial(generating, net=net, option=option)
+    expected = runs.on(0, run)[0]
+    for world in (2, 3):
+        same(expected, runs.on(world, run)[0], f"{net}, {option}, {world} ranks")
