@@ -263,7 +263,7 @@ class LWPMStrategy(StatefulStrategy):
             if self.world_size > 1:
                 in_step = module.automatic_optimization and not self._asynchronous
                 self._hooks = Hooks(
-                    module, trainer, self.mailbox, self._holders, self._units, self.begin_again, in_step
+                    module, trainer, self.mailbox, self._holders, self._units, feed, self.begin_again, in_step
                 )
                 self._hooks.install()
                 self._join_precision()

@@ -23,6 +23,7 @@ from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.record import version
 from lightning_lwpm.staging.remote import Remote
 from lightning_lwpm.staging.tree import Opaque, duplicate, is_plain
+from lightning_lwpm.staging.versions import NOT_STATE
 
 __all__ = ["Attributes", "Objects"]
 
@@ -69,17 +70,21 @@ class Objects(Attributes):
         module: The unit's module.
         arguments: The arguments of the call.
         made: By ``id``, tensors of which it is known what made them.
+
+    Attributes:
+        kept: On another rank, whether the call has left more on the layer, which is not told.
     """
 
     def __init__(self, unit: Unit, module: nn.Module, arguments: tuple[Any, Any], made: Collection[int] = ()) -> None:
         super().__init__(unit, module)
         self._found = list(_objects([*arguments[0], *arguments[1].values()]))
+        self._module, self._state, self.kept = module, _state(module), False
         self._before = [
             [(key, value, _image(value, made)) for key, value in _items(_container(each))] for each in self._found
         ]
 
     def __bool__(self) -> bool:
-        return bool(self._slots or self._found)
+        return True
 
     def changed(self) -> Any:
         known = {id(each): ("old", number) for number, each in enumerate(self._found)}
@@ -91,10 +96,18 @@ class Objects(Attributes):
             if len(now) != len(before) or not all(kept):
                 told = [None if keep else _written(value, known) for (_, value), keep in zip(now, kept, strict=True)]
                 changes.append((number, [key for key, _ in now], told))
-        return super().changed(), changes
+        return super().changed(), changes, self._kept()
+
+    def _kept(self) -> bool:
+        """Whether the call has left something on its modules, beside what is known to be left there."""
+        known = {(id(store), name) for store, name in self._slots}
+        now, before = _state(self._module), self._state
+        return now.keys() - known != before.keys() - known or any(
+            key not in known and not all(map(_is, values, before[key])) for key, values in now.items()
+        )
 
     def adopt(self, values: Any) -> None:
-        stored, changes = values
+        stored, changes, self.kept = values
         super().adopt(stored)
         made: dict[Any, Any] = {("old", number): each for number, each in enumerate(self._found)}
         for number, keys, told in changes:
@@ -105,6 +118,23 @@ class Objects(Attributes):
                 for key, value in zip(keys, told, strict=True)
             ]
             fill(container, dict(items) if isinstance(container, dict) else [value for _, value in items])
+
+
+def _state(module: nn.Module) -> dict[tuple[int, str], list[Any]]:
+    """Attributes and buffers of a module and those in it, with what shows whether they change inside."""
+    found: dict[tuple[int, str], list[Any]] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in NOT_STATE:
+                inside = [] if type(value) not in _CONTAINERS or len(value) > _MOST else list(_items(value))
+                found[id(vars(part)), name] = [value, len(inside), *[item for _, item in inside]]
+        for name, buffer in part._buffers.items():
+            found[id(part._buffers), name] = [buffer, version(buffer) if buffer is not None else 0]
+    return found
+
+
+def _is(value: Any, before: Any) -> bool:
+    return value is before or (type(value) is int and value == before)
 
 
 def _objects(values: list[Any]) -> Iterator[Any]:

@@ -57,9 +57,16 @@ class EvaluatedStep(StagedStep):
     def __init__(self, lender: Lender, *args: Any) -> None:
         super().__init__(*args)
         self.lender, self.onward = lender, ""
+        self._kept: set[str] = set()  # layers of earlier stages that leave something on themselves
 
     @override
     def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if unit.name in self._kept and (self.onward or unit.stages[0] < self.at):
+            raise ConfigurationError(
+                f"layer '{unit.name}' leaves something on itself (in an attribute or a buffer) for its next call in "
+                "this step of evaluation, which runs the model several times: no other rank knows of it. Give it an "
+                "object to keep that in (as a cache of keys and values), or run on one device."
+            )
         return super().call(unit, module, partial(self._with_lent, unit, module, forward), args, kwargs)
 
     @override
@@ -80,6 +87,12 @@ class EvaluatedStep(StagedStep):
         if self.last and self.at == self.stage:  # nobody asks
             return super()._beside(unit, module, args, kwargs)
         return Objects(unit, module, (args, kwargs), set(map(id, self.reach.tensors.values())))
+
+    @override
+    def _adopt(self, unit: Unit, beside: Attributes, values: Any) -> None:
+        super()._adopt(unit, beside, values)
+        if isinstance(beside, Objects) and beside.kept:
+            self._kept.add(unit.name)
 
     @override
     def _local(self, tensor: Tensor) -> Tensor:

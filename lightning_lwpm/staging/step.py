@@ -126,7 +126,7 @@ class StagedStep(TorchFunctionMode):
                 if not beside:
                     return out
                 out, values = out
-                beside.adopt(values)
+                self._adopt(unit, beside, values)
                 return out
 
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -152,6 +152,10 @@ class StagedStep(TorchFunctionMode):
         if stage > self.stage:
             self._leave()
         return stage
+
+    def _adopt(self, unit: Unit, beside: Attributes, values: Any) -> None:
+        """Take what a layer of another stage has changed beside returning something."""
+        beside.adopt(values)
 
     def _leave(self) -> NoReturn:
         """Leave the user's step."""

@@ -14,7 +14,8 @@ when Lightning moves a batch to the device.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Feed:
         self.mailbox, self.loop, self.ahead, self.device = mailbox, loop, ahead, loop.device
         self.reads = mailbox.rank == 0
         self.train_ahead = train_ahead
+        self.aside: Callable[[Iterator[Any] | None], Iterator[Any]] | None = None
         self._upcoming: dict[int, Upcoming] = {}  # by loader
         self._streams = 0
         self._number = {"train": 0, "early": 0, "ahead": 0}
@@ -100,6 +102,19 @@ class Feed:
         indices = next(iter(sampler))
         fetch = getattr(dataset, "__getitems__", None)
         return loader.collate_fn(fetch(indices) if fetch else [dataset[i] for i in indices])
+
+    @contextmanager
+    def read_aside(self, read: Callable[[Iterator[Any] | None], Iterator[Any]]) -> Iterator[None]:
+        """Within the block, in which the user's code runs, loaders are read by the way.
+
+        Args:
+            read: Iterates a loader; it is given the iteration of the real one, on the reading rank.
+        """
+        before, self.aside = self.aside, read
+        try:
+            yield
+        finally:
+            self.aside = before
 
     # -- batches -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@
     on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
     they, and all hooks that come      every rank; they may read all weights, save them and run the model
-    between batches, not after each
+    between batches, callbacks' hooks  (not before and after training batches that overlap)
+    after each
 
 What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
 What all ranks read: see ``together``.
@@ -16,7 +17,7 @@ A hook on the module is replaced on the instance, for the time between ``setup``
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -31,6 +32,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.checks import BEFORE_STEPS, users
+from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
@@ -61,6 +63,7 @@ class Hooks:
         mailbox: The control connections.
         holders: Gives who holds which weights now.
         units: Gives the modules of which each lies in one stage now.
+        feed: Gives the batches.
         before_data: Called before the training data is read.
         in_step: Whether all ranks come to the hooks before an optimizer's step at the same time.
 
@@ -77,11 +80,12 @@ class Hooks:
         mailbox: Mailbox,
         holders: Callable[[], Holders],
         units: Callable[[], Sequence[Unit]],
+        feed: Feed,
         before_data: Callable[[], None],
         in_step: bool,
     ) -> None:
         self.before_data, self.in_step = before_data, in_step
-        self.together = Together(mailbox, module, holders, units)
+        self.together, self.feed = Together(mailbox, module, holders, units, feed), feed
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
@@ -100,9 +104,10 @@ class Hooks:
             if is_overridden(name, self.module):
                 self._replace(name, self._batch_end)
         for place in users(self.module, self.trainer):
-            for name in [*_AT_REST, *(BEFORE_STEPS if self.in_step else ())]:
-                has = hasattr(LightningModule if place is self.module else Callback, name)
-                if has and is_overridden(name, place) and not (place is self.module and name in _EPOCH_ENDS):
+            own = place is self.module
+            for name in self._everywhere():
+                has = hasattr(LightningModule if own else Callback, name)
+                if has and is_overridden(name, place) and not (own and name in (*_EPOCH_ENDS, *_BATCH_ENDS)):
                     what = f"`{name}` of {type(place).__name__}"
                     self._replace(name, functools.partial(self._reads_all, what), place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
@@ -115,6 +120,15 @@ class Hooks:
                 callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
         warnings.filterwarnings("ignore", _ADVICE)
         BaseFinetuning.filter_on_optimizer = staticmethod(_not_yet_in)  # type: ignore[assignment]
+
+    def _everywhere(self) -> Iterable[str]:
+        """The hooks to which all ranks come at the same time."""
+        yield from _AT_REST
+        yield from _BATCH_ENDS[1:]  # callbacks are given what rank 0's step has returned
+        if self.in_step or not self.module.automatic_optimization:
+            yield from ("on_train_batch_start", "on_train_batch_end")
+        if self.in_step:
+            yield from BEFORE_STEPS
 
     def show_example(self) -> None:
         """Give the module its ``example_input_array`` back."""
@@ -167,7 +181,7 @@ class Hooks:
 
     def _reads_all(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run it on every rank, with all gradients and weights to read."""
-        with self.together.hook(what):
+        with self.together.hook(what, args):
             return original(*args, **kwargs)
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +189,7 @@ class Hooks:
         out = None
         if self.real:
             self.settings.watch()
-            with self.alone.heard():
+            with self.alone.heard(), self.feed.read_aside(_by_itself):
                 out = original(*args, **kwargs)
             self.alone.end(self.settings.news())
         else:
@@ -205,7 +219,7 @@ class Hooks:
         self.settings.watch()
         self.module.__dict__["log"] = note
         try:
-            with self.alone.heard():
+            with self.alone.heard(), self.feed.read_aside(_by_itself):
                 out = original(*args, **kwargs)
         finally:
             del self.module.__dict__["log"]
@@ -222,9 +236,9 @@ class Hooks:
                 self._heeded = self.alone.listen("a hook of rank 0")
             return None
         if not heard:
-            with self.alone.unheard(original.__name__):
+            with self.alone.unheard(original.__name__), self.feed.read_aside(_by_itself):
                 return original(outputs, batch, batch_idx, *args)
-        with self.alone.heard():
+        with self.alone.heard(), self.feed.read_aside(_by_itself):
             out = original(outputs, batch, batch_idx, *args)
         self._heeded = self.alone.reached or (self._heeded and batch_idx > 0)
         self.alone.end(self._heeded)
@@ -234,6 +248,11 @@ class Hooks:
     def _before_transfer(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         """A ticket stands for a batch that has been through the user's hook, or will be on rank 0."""
         return batch if has_tickets(batch) else original(batch, *args, **kwargs)
+
+
+def _by_itself(read: Iterator[Any] | None) -> Iterator[Any]:
+    """Rank 0 alone reads data."""
+    return read or iter(())
 
 
 class _Replaced:

@@ -2,6 +2,7 @@
 
 ::
 
+    in the user's hooks  rank 0 reads, and tells each batch where others read too
     exact training       rank 0 says that there is one more batch, and sends it when Lightning moves it to the device,
                          or while the one before is computed
     read ahead           rank 0 transfers and sends some batches before their turn; others may look at those to come
@@ -62,6 +63,8 @@ class Source(_Standing):
 
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, current = self._lwpm
+        if feed.aside is not None:
+            return feed.aside(super().__iter__())  # type: ignore[misc]
         rounds[0] += 1
         if not (current and current[0].pending):
             # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
@@ -203,6 +206,8 @@ class Shadow(_Standing):
 
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, _ = self._lwpm
+        if feed.aside is not None:
+            return feed.aside(None)
         rounds[0] += 1
         forget_indices(self)
         announced = _Announced(feed, (stream, rounds[0]))

@@ -27,6 +27,7 @@ from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.functions import written
 from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
 from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.training.drawn import Drawn
 from lightning_lwpm.training.gradients import GRAD
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.weights import Holders
@@ -51,8 +52,10 @@ class Reading(TorchDispatchMode):
         known: Mapping[str, Tensor],
         holders: Holders,
         small: set[str],
+        drawn: Drawn,
     ) -> None:
         super().__init__()
+        self.drawn = drawn
         self.small = small  # forms of functions with small results: shapes take long to compute
         self.lockstep, self.mailbox, self.known = lockstep, lockstep.mailbox, known
         self.idle = False

@@ -11,16 +11,17 @@
 So every rank has all activations, and the code between layers runs as on one device.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.wire import to_device
 from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.onward import with_weights
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.record import version
 from lightning_lwpm.staging.tree import duplicate, is_plain, map_tensors, tensors
@@ -77,18 +78,30 @@ class Running:
 
         def give() -> Any:
             before = [duplicate(t) if t.is_inference() else version(t) for t in given]
+            drawn = self.reading.drawn.here()
             with self.reading.aside():
                 out = forward(*args, **kwargs)
-                return out, {i: t for i, t in enumerate(given) if _changed(t, before[i])}
+                changed = {i: t for i, t in enumerate(given) if _changed(t, before[i])}
+                return out, changed, prints, self.reading.drawn.since(drawn)
 
+        with self.reading.aside():
+            prints = [_print(tensor) for tensor in given]
         told = self.reading.exchange(owners, ("call", unit.name), give)
         if told is None or self.rank in owners:
             return told
-        out, changed = told
+        out, changed, theirs, drawn = told
+        if not all(map(_alike, prints, theirs)):
+            raise ConfigurationError(
+                f"{self.reading.lockstep.what} runs '{unit.name}' on rank {self.rank} with other numbers than on rank "
+                f"{min(owners)}: something in it differs from rank to rank, such as the time, or random numbers that "
+                "only one rank draws. Let it do the same on every rank, or run the model on rank 0 "
+                "only, under `if trainer.is_global_zero`."
+            )
+        self.reading.drawn.adopt(drawn)
         for i, values in changed.items():
             given[i].copy_(values)
         device = next(tensor.device for _, tensor in named_tensors(module))
-        return map_tensors(lambda tensor: to_device(tensor, device), out), changed
+        return (map_tensors(lambda tensor: to_device(tensor, device), out),)
 
     def _with_weights(
         self,
@@ -110,28 +123,17 @@ class Running:
                     if not isinstance(tensor, nn.Parameter):
                         asked[name] = duplicate(values)
                 if self.rank not in places[name]:
-                    come[f"module.{name}"] = to_device(values, tensor.device)
+                    come[name] = to_device(values, tensor.device)
         with self.reading.aside():
-            out = functional_call(_Calling(module, forward), come, args, kwargs)
+            out = with_weights(module, forward, come)(*args, **kwargs)
         for name, before in asked.items():
-            if not torch.equal(before, come[f"module.{name}"]):
+            if not torch.equal(before, come[name]):
                 raise ConfigurationError(
                     f"{self.reading.lockstep.what} runs '{unit.name}' on rank {self.rank} alone, which changes "
                     f"'{name}' of it (BatchNorm in training mode does): call `eval()` before, or run it on every "
                     "rank, not under `if trainer.is_global_zero`."
                 )
         return out
-
-
-class _Calling(nn.Module):
-    """Calls the ``forward`` of a module that has been replaced."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module, self.run = module, forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
 
 
 def _unchangeable(value: Any) -> bool:
@@ -143,6 +145,23 @@ def _unchangeable(value: Any) -> bool:
 
 def _changed(tensor: Tensor, before: Tensor | int) -> bool:
     return not torch.equal(tensor, before) if isinstance(before, Tensor) else version(tensor) != before
+
+
+def _print(tensor: Tensor) -> tuple[Any, ...]:
+    """A few numbers of a tensor, to tell it from another one."""
+    if not tensor.numel() or tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized:
+        return (tuple(tensor.shape),)
+    values = tensor.detach().flatten()
+    some = values[:: max(1, len(values) // 32)].double()
+    return tuple(tensor.shape), float(values.double().nansum()), some.tolist()
+
+
+def _alike(here: tuple[Any, ...], there: tuple[Any, ...]) -> bool:
+    """Whether these are of the same tensor, as near as two devices compute it."""
+    if here[0] != there[0] or len(here) == 1:
+        return here[0] == there[0]
+    pairs = [(here[1], there[1]), *zip(here[2], there[2], strict=True)]
+    return all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) or (a != a and b != b) for a, b in pairs)
 
 
 class _End(torch.autograd.Function):

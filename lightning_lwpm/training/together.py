@@ -6,17 +6,22 @@ Functions of gradients and weights: see :mod:`~lightning_lwpm.training.reading`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholders_read
 from lightning_lwpm.staging.placement import named_tensors
+from lightning_lwpm.staging.tree import tensors
+from lightning_lwpm.training.data import Feed
+from lightning_lwpm.training.drawn import Drawn
 from lightning_lwpm.training.gradients import GRAD, lent
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.private import taking_norms
@@ -25,6 +30,8 @@ from lightning_lwpm.training.running import Running
 from lightning_lwpm.training.weights import Holders
 
 __all__ = ["Together"]
+
+_ARGUMENT = "?argument "
 
 
 class Together:
@@ -35,6 +42,7 @@ class Together:
         module: The partitioned model.
         holders: Gives who holds what now.
         units: Gives the largest modules of which each lies in one stage now.
+        feed: Gives the batches.
     """
 
     def __init__(
@@ -43,8 +51,10 @@ class Together:
         module: LightningModule,
         holders: Callable[[], Holders],
         units: Callable[[], Sequence[Unit]],
+        feed: Feed,
     ) -> None:
-        self.mailbox, self.module, self.holders, self.units = mailbox, module, holders, units
+        self.mailbox, self.module, self.holders, self.units, self.feed = mailbox, module, holders, units, feed
+        self._drawn = Drawn(feed.device)
         self._reading: Reading | None = None
         self._turn = 0
         self._small: set[str] = set()
@@ -52,11 +62,12 @@ class Together:
         mailbox.handle(ASKED, self._give)
 
     @contextmanager
-    def hook(self, what: str) -> Iterator[None]:
+    def hook(self, what: str, arguments: Any = ()) -> Iterator[None]:
         """Around a hook; the same on all ranks.
 
         Args:
             what: Names it, for people.
+            arguments: What it is given, such as a batch, of which a rank may lack large parts.
 
         Raises:
             ConfigurationError: if some things are read on one rank only and their values are there no more.
@@ -66,16 +77,28 @@ class Together:
         own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
         self._held = {**dict(named_tensors(self.module)), **own}
         lacking = [name for name, p in named if p.grad is None and not is_placeholder(p)]
-        all_lacking = self.mailbox.gather(("together", self._turn), lacking, f"all ranks to come to {what}")
-        with lent(self.module, set().union(*all_lacking)) as gradients:
+        real = self.mailbox.rank == 0
+        leaves = {f"{_ARGUMENT}{i}": tensor for i, tensor in enumerate(tensors(arguments))}
+        absent = [name for name, tensor in leaves.items() if is_placeholder(tensor)]
+        here = lacking, absent, self._drawn.here() if real else None
+        there = self.mailbox.gather(("together", self._turn), here, f"all ranks to come to {what}")
+        self._held.update((name, leaves[name]) for names in there for name in names[1])
+        with lent(self.module, set().union(*(names[0] for names in there))) as gradients:
             known = {**self._held, **gradients}
             lockstep = Lockstep(self.mailbox, self._turn, what)
-            reading = Reading(lockstep, known, self.holders(), self._small)
+            reading = Reading(lockstep, known, _with_arguments(self.holders()), self._small, self._drawn)
             self._reading = reading
             calls = Interception([(unit, self.module.get_submodule(unit.name)) for unit in self.units()])
             calls.step = Running(reading, self.module, self.holders())
             try:
-                with taking_norms(get_total_norm), reading, placeholders_read(reading.values), calls.batch():
+                with (
+                    self._drawn.alike(there[0][2], real),
+                    self.feed.read_aside(partial(_batches, reading)),
+                    taking_norms(get_total_norm),
+                    reading,
+                    placeholders_read(reading.values),
+                    calls.batch(),
+                ):
                     yield
                 lockstep.end()
             finally:
@@ -101,3 +124,27 @@ class Together:
         """Answer a rank that is in the same hook, which this one has not left."""
         changed = self._reading is not None and self._reading.lockstep.changing
         self.mailbox.post(source, "values", key[0], None if changed else self._held[name].detach())
+
+
+def _with_arguments(holders: Holders) -> Holders:
+    """Rank 0 has all that hooks are given."""
+    return lambda name: (0,) if name.startswith(_ARGUMENT) else holders(name)
+
+
+def _batches(reading: Reading, read: Iterator[Any] | None) -> Iterator[Any]:
+    """The batches of a loader, on every rank what rank 0 reads."""
+
+    def give() -> list[Any]:
+        return [value for _, value in zip("1", read or (), strict=False)]
+
+    while True:
+        with reading.aside():
+            found = reading.exchange((0,), "a batch", give)
+        if found is None:
+            raise ConfigurationError(
+                f"{reading.lockstep.what} reads data on rank {reading.mailbox.rank} that rank 0 does not read. Read it "
+                "on every rank, or on rank 0 alone, under `if trainer.is_global_zero`."
+            )
+        if not found:
+            return
+        yield found[0]

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from pool import WorkerError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from training.modules import Classifier, Recorder, train_loader, val_loader
@@ -68,6 +69,27 @@ def test_passes(runs: Runs) -> None:
                 found[2] = expected[2]
                 found[4] = expected[4]
             same(expected, found, f"rank {rank} of {world} {options}")
+
+
+class Keeping(nn.Linear):
+    """Counts its calls in evaluation."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += not self.training
+        return super().forward(x) + self.seen
+
+
+def keeping(kwargs: dict[str, Any]) -> None:
+    module = Passes()
+    module.inlet = Keeping(6, 12)
+    L.Trainer(**kwargs | {"max_epochs": 1}).fit(module, train_loader(20), val_loader())
+
+
+def test_what_layers_keep_for_themselves(runs: Runs) -> None:
+    with pytest.raises(WorkerError, match=r"layer 'inlet' leaves something on itself.*next call"):
+        runs.on(2, keeping)
 
 
 class Generating(L.LightningModule):
