@@ -6,8 +6,8 @@
     has changed weights of others          ------> takes the new values
     ends                                   ------> goes on
 
-The others wait in the same hook, so no weight changes meanwhile. Where they do not wait, to reach for one of theirs is
-an error.
+The others wait in the same hook, so no weight changes meanwhile. Where they do not wait, in evaluation, rank 0 may use
+theirs, but to change one is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -50,29 +50,26 @@ class Alone:
         self.mailbox, self.module, self.holders = mailbox, module, holders
         self.active = self.reached = False
         self._messages = 0
+        mailbox.handle("?alone weight", self._lend)
 
     @contextmanager
     def unheard(self, hook: str) -> Iterator[None]:
-        """On rank 0, around a hook in which no other rank listens.
+        """On rank 0, around a hook after a batch of evaluation in which no other rank listens.
 
         Args:
             hook: Its name.
 
         Raises:
-            ConfigurationError: if it uses or changes a weight that another rank holds.
+            ConfigurationError: if it changes a weight that another rank holds.
         """
-
-        def refuse(name: str, *_: Any) -> Any:
-            raise ConfigurationError(
-                f"`{hook}` uses or changes '{name}', which other ranks hold. It did no such thing after the first "
-                "batch of this pass, so they do not wait for it. Let it do the same after each batch, or do it in "
-                f"`{hook.replace('batch', 'epoch')}`."
-            )
-
-        with self._reaching(refuse) as reaching:
+        with self._reaching(self._borrow) as reaching:
             yield
         for name, _ in self._changes(reaching):
-            refuse(name)
+            raise ConfigurationError(
+                f"`{hook}` changes '{name}', which other ranks hold. It did no such thing after the first batch of "
+                "this pass, so they do not wait for it. Let it do the same after each batch, or do it in "
+                f"`{hook.replace('batch', 'epoch')}`."
+            )
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -136,6 +133,16 @@ class Alone:
     def _tell(self, message: Any) -> None:
         self._messages += 1
         self.mailbox.post_all("alone", self._messages, message)
+
+    def _borrow(self, name: str, device: torch.device) -> Tensor:
+        """What does not change in evaluation, from a rank that goes on meanwhile."""
+        owner = min(self.holders()(name))
+        self.mailbox.post(owner, "?alone weight", name)
+        what = f"the weights '{name}' from rank {owner}, for a hook"
+        return to_device(self.mailbox.take("alone weight", name, what, source=owner), device)
+
+    def _lend(self, source: int, name: str, payload: Any) -> None:
+        self.mailbox.post(source, "alone weight", name, _values(dict(named_tensors(self.module)), name))
 
     def _fetch(self, name: str, device: torch.device) -> Tensor:
         self._tell(("weight", name, None))

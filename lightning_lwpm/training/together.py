@@ -7,6 +7,7 @@ Functions of gradients and weights: see :mod:`~lightning_lwpm.training.reading`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -132,19 +133,22 @@ def _with_arguments(holders: Holders) -> Holders:
 
 
 def _batches(reading: Reading, read: Iterator[Any] | None) -> Iterator[Any]:
-    """The batches of a loader, on every rank what rank 0 reads."""
+    """An iteration of a loader, on every rank what rank 0 reads; what it draws for that, all draw."""
 
-    def give() -> list[Any]:
-        return [value for _, value in zip("1", read or (), strict=False)]
-
-    while True:
+    def told(give: Callable[[], list[Any]]) -> list[Any]:
         with reading.aside():
-            found = reading.exchange((0,), "a batch", give)
+            found = reading.exchange((0,), "a batch", lambda: (give(), reading.drawn.here()))
         if found is None:
             raise ConfigurationError(
                 f"{reading.lockstep.what} reads data on rank {reading.mailbox.rank} that rank 0 does not read. Read it "
                 "on every rank, or on rank 0 alone, under `if trainer.is_global_zero`."
             )
-        if not found:
-            return
-        yield found[0]
+        if read is None:
+            reading.drawn.adopt(found[1])
+        batches: list[Any] = found[0]
+        return batches
+
+    told(list)  # it has begun
+    return chain.from_iterable(
+        iter(lambda: told(lambda: [value for _, value in zip("1", read or (), strict=False)]), [])
+    )

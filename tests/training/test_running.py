@@ -7,9 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from pool import WorkerError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from training.runs import Runs, same, weights
+from training.modules import Classifier, train_loader, val_loader
+from training.runs import Runs, metrics, same, weights
 
 
 class Module(L.LightningModule):
@@ -151,3 +153,91 @@ def test_models(runs: Runs, name: str, alone: bool, training: bool) -> None:
         same(expected[0], found[0], f"weights of rank {rank}")
         if not alone or rank == 0:
             same(expected[1], found[1], f"rank {rank}")
+
+
+class AroundBatches(L.Callback):
+    """Runs the model every other batch: on noise, on the batch, on other data; on every rank or on rank 0."""
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+        self.told: list[Any] = []
+
+    def run(self, trainer: Any, pl_module: Any, x: Tensor) -> None:
+        if self.alone and not trainer.is_global_zero:
+            return
+        training = pl_module.training
+        pl_module.eval()
+        with torch.no_grad():
+            self.told += [pl_module(x + torch.randn_like(x)), next(pl_module.parameters()).norm()]
+        pl_module.train(training)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2:
+            self.run(trainer, pl_module, batch[0])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 0:
+            self.run(trainer, pl_module, batch[0])
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 1:
+            self.run(trainer, pl_module, batch[0])
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.alone or trainer.is_global_zero:
+            self.run(trainer, pl_module, next(iter(trainer.val_dataloaders))[0])
+            for batch in trainer.train_dataloader:
+                self.run(trainer, pl_module, batch[0])
+
+
+class Wide(Classifier):
+    """Takes batches of which a rank that does not use them gets no copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(6000, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.repeat(1, 1000) if x.shape[1] == 6 else x)
+
+
+def wide(loader: Any) -> Any:
+    x, y = loader.dataset.tensors
+    return DataLoader(TensorDataset(x.repeat(1, 1000), y), 8, shuffle=True)
+
+
+def around_batches(kwargs: dict[str, Any], alone: bool) -> Any:
+    L.seed_everything(3)
+    module, callback = Wide(), AroundBatches(alone)
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [callback], "num_sanity_val_steps": 0})
+    trainer.fit(module, wide(train_loader(24)), wide(val_loader()))
+    return weights(module), metrics(trainer), callback.told
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_around_batches(runs: Runs, alone: bool) -> None:
+    run = functools.partial(around_batches, alone=alone)
+    expected = runs.on(0, run)[0]
+    for world in (2, 3):
+        for rank, found in enumerate(runs.on(world, run)):
+            same(expected[:2], found[:2], f"rank {rank} of {world}")
+            if not alone or rank == 0:
+                same(expected[2], found[2], f"rank {rank} of {world}")
+
+
+class Apart(L.Callback):
+    """Gives each rank other numbers."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            pl_module(torch.full((4, 6), float(trainer.global_rank)))
+
+
+def apart(kwargs: dict[str, Any]) -> None:
+    L.Trainer(**kwargs | {"max_epochs": 1, "callbacks": [Apart()]}).fit(Classifier(), train_loader(20))
+
+
+def test_other_numbers_on_each_rank(runs: Runs) -> None:
+    message = r"`on_train_epoch_end` of Apart runs 'inlet' on rank 0 with other numbers than on rank 1"
+    with pytest.raises(WorkerError, match=message):
+        runs.on(2, apart)
