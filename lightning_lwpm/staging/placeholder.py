@@ -90,9 +90,9 @@ class Placeholder(Tensor):
             raise ConfigurationError(
                 f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the "
                 "pipeline: this code uses a layer in a stage where it was not used when the model was partitioned. "
-                "Name the layers that begin a stage in `partition=[...]` so that all its uses share a stage. In a "
-                "callback the model cannot be run: do it in a hook of the module that rank 0 runs alone, such as "
-                "`on_train_epoch_end`, in a step of evaluation, or after the run."
+                "Name the layers that begin a stage in `partition=[...]` so that all its uses share a stage. In "
+                "hooks the model can be run between batches (`on_train_epoch_end`) and, but in asynchronous training, "
+                "after each (`on_train_batch_end`)."
             )
         out = func(*meta_args, **meta_kwargs)
         target = torch.device(device) if device is not None else found[0].device
