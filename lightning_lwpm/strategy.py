@@ -241,6 +241,8 @@ class LWPMStrategy(StatefulStrategy):
             self._interruption.install()  # workers of loaders, which may start from now on, are to outlive it too
         with self.told("setup"):
             feed = self._prepare(trainer)
+        self.check_optimizer_states()
+        with self.told("setup"):
             self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
             self._resume_data(trainer)
             if self.is_global_zero:
@@ -265,6 +267,7 @@ class LWPMStrategy(StatefulStrategy):
                 self._hooks = Hooks(
                     module, trainer, self.mailbox, self._holders, self._units, feed, self.begin_again, in_step
                 )
+                self._hooks.kept.partition()
                 self._hooks.install()
                 self._join_precision()
             if self._recorder is not None:
@@ -516,7 +519,9 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def teardown(self) -> None:
+        kept = None
         if self._hooks is not None:
+            kept = self._hooks.kept
             self._hooks.remove()
             self._hooks = None
         if self._recorder is not None and self.lightning_module is not None:
@@ -532,6 +537,8 @@ class LWPMStrategy(StatefulStrategy):
             with self.told("merging the weights after the run"):
                 for module in (self.lightning_module, *self._copies):
                     gather(self.mailbox, self.next_turn(), module, self._engine.layout, everywhere, self.optimizers)
+                if kept is not None:
+                    kept.gather(self.mailbox, self.next_turn(), everywhere)
         self._end_overlap()
         if self._engine is not None:
             self._streams = streams(self._engine)

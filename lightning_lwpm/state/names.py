@@ -1,16 +1,15 @@
 """Compares what a checkpoint has with what the run has, before anything is changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
 from lightning_lwpm.staging.placement import swap
 
-__all__ = ["check_names", "other_groups"]
+__all__ = ["by_place", "check_names", "layer_of"]
 
 
 def check_names(
@@ -53,51 +52,33 @@ def check_names(
     except RuntimeError as error:
         raise ConfigurationError(
             f"the checkpoint does not fit {type(module).__name__}, and nothing was loaded:"
-            + "".join(_by_place(told, lambda name: stage(name) or _layer(module, name)))
+            + "".join(by_place(told, lambda name: stage(name) or layer_of(module, name)))
             + ("\nTo load what fits by name, set `strict_loading = False` in the module." if not shapes else "")
         ) from error
     finally:
         swap(module, lambda _, tensor: originals[id(tensor)])
 
 
-def other_groups(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]]) -> str:
-    """What to say of optimizers that refuse the states of a checkpoint.
+def by_place(told: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
+    """Mismatches under headings that say where they are.
 
     Args:
-        optimizers: Those of the run, with the parameters of all ranks.
-        saved: Their states in the checkpoint.
-
-    Returns:
-        Every optimizer whose groups of parameters are other ones; empty if all are alike.
+        told: The words, by name of what does not fit.
+        place: From a name to where it is, in words.
     """
-    told = [
-        f"\n  {type(optimizer).__name__} (optimizer {number}) has {_sizes(optimizer.param_groups)}, in the checkpoint "
-        f"{_sizes(state['param_groups'])}"
-        for number, (optimizer, state) in enumerate(zip(optimizers, saved, strict=False))
-        if _sizes(optimizer.param_groups) != _sizes(state["param_groups"])
-    ]
-    return (
-        "the checkpoint's states of optimizers do not fit, and training did not go on from it:"
-        f"{''.join(told)}\nLet `configure_optimizers` make the same groups, or go on from the weights alone: "
-        "`model.load_state_dict(torch.load(path)['state_dict'])`, and `fit` without `ckpt_path`."
-    ) * bool(told)
-
-
-def _sizes(groups: Sequence[Mapping[str, Any]]) -> str:
-    sizes = [str(len(group["params"])) for group in groups]
-    return f"{len(sizes)} group{'s' * (len(sizes) > 1)} of {' and '.join(sizes)} parameters"
-
-
-def _by_place(told: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
-    """The mismatches under headings that say where they are."""
     places: dict[str, list[str]] = {}
     for name, line in told.items():
         places.setdefault(place(name), []).append(line)
     return [f"\n  {place}:" + "".join(f"\n    {line}" for line in lines) for place, lines in places.items()]
 
 
-def _layer(module: nn.Module, name: str) -> str:
-    """The layer of the model that a weight belongs to, or would belong to."""
+def layer_of(module: nn.Module, name: str) -> str:
+    """The layer of a model that a weight belongs to, or would belong to, in words.
+
+    Args:
+        module: The model.
+        name: Of the weight.
+    """
     path = name.rpartition(".")[0]
     try:
         layer = module.get_submodule(path)

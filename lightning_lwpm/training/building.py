@@ -11,13 +11,34 @@ from lightning_lwpm.staging.lazy import lazy_like, unfilled
 from lightning_lwpm.staging.placement import named_tensors, swap
 from lightning_lwpm.staging.tree import tensors
 
-__all__ = ["initialise"]
+__all__ = ["fill_layers", "initialise"]
 
 _SHOWN = 10
 
 
 def initialise(module: nn.Module) -> None:
     """Let a model that was built on the meta device say how its weights are made, layer by layer; nothing is made yet.
+
+    Args:
+        module: The model.
+
+    Raises:
+        ConfigurationError: naming the parameters and buffers that nothing fills, and metrics without values.
+    """
+    fill_layers(module)
+    empty = [name for name, tensor in named_tensors(module) if unfilled(tensor)]
+    if empty:
+        shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
+        raise ConfigurationError(
+            f"{len(empty)} parameters or buffers of {type(module).__name__} have no values, and no `reset_parameters` "
+            f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model "
+            'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large '
+            "weights are then made only where they are held."
+        )
+
+
+def fill_layers(module: nn.Module) -> None:
+    """Like :func:`initialise`, but what nothing fills may get its values later, from a checkpoint.
 
     A layer says it with ``reset_parameters``, as those of torch do, or the model that it belongs to with
     ``_init_weights``, as those of ``transformers`` do. Layers come in the order of ``module.modules()``. What torch's
@@ -27,7 +48,7 @@ def initialise(module: nn.Module) -> None:
         module: The model.
 
     Raises:
-        ConfigurationError: naming the parameters and buffers that nothing fills, and metrics without values.
+        ConfigurationError: naming metrics without values.
     """
     metrics = [
         f"'{name}' ({type(part).__name__})"
@@ -45,15 +66,6 @@ def initialise(module: nn.Module) -> None:
         swap(module, lambda name, tensor: lazy_like(tensor) if name in meta else tensor)
         with torch.no_grad():
             _fill(module, None)
-    empty = [name for name, tensor in named_tensors(module) if unfilled(tensor)]
-    if empty:
-        shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
-        raise ConfigurationError(
-            f"{len(empty)} parameters or buffers of {type(module).__name__} have no values, and no `reset_parameters` "
-            f"of their layers fills them: {shown}. Give these layers a `reset_parameters` method, or build the model "
-            'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large '
-            "weights are then made only where they are held."
-        )
 
 
 def _fill(module: nn.Module, family: Any) -> None:

@@ -5,9 +5,9 @@
     hooks before an optimizer's step   every rank; they may read all gradients and weights (not where batches overlap)
     on_..._epoch_end of the module     rank 0; then what it logs and sets reaches all
     the same of callbacks              every rank: before them, all that the epoch has logged reaches every rank
-    they, and all hooks that come      every rank; they may read all weights, save them and run the model
-    between batches, callbacks' hooks  (not before and after training batches that overlap)
-    after each
+    they, all hooks that come between  every rank; they may read all weights, save them and run the model
+    batches, `on_save_checkpoint`, and (not before and after training batches that overlap)
+    callbacks' hooks after each batch
 
 What rank 0 alone runs may use and change all weights, and set more: see ``alone`` and ``settings``.
 What all ranks read: see ``together``.
@@ -34,6 +34,7 @@ from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.checks import BEFORE_STEPS, users
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import Example
+from lightning_lwpm.training.kept import Kept
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.settings import Settings
@@ -71,6 +72,7 @@ class Hooks:
         alone: The weights in hooks that only rank 0 runs.
         settings: What such hooks, and the ends of steps, set for steps to come.
         together: The gradients and weights in hooks that every rank runs.
+        kept: What the module and callbacks keep beside the model.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Hooks:
         in_step: bool,
     ) -> None:
         self.before_data, self.in_step = before_data, in_step
-        self.together, self.feed = Together(mailbox, module, holders, units, feed), feed
+        self.kept = Kept(module, users(module, trainer))
+        self.together, self.feed = Together(mailbox, module, holders, units, feed, self.kept), feed
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
@@ -109,7 +112,8 @@ class Hooks:
                 has = hasattr(LightningModule if own else Callback, name)
                 if has and is_overridden(name, place) and not (own and name in (*_EPOCH_ENDS, *_BATCH_ENDS)):
                     what = f"`{name}` of {type(place).__name__}"
-                    self._replace(name, functools.partial(self._reads_all, what), place)
+                    run = self._saves if name == "on_save_checkpoint" else self._reads_all
+                    self._replace(name, functools.partial(run, what), place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
@@ -123,7 +127,7 @@ class Hooks:
 
     def _everywhere(self) -> Iterable[str]:
         """The hooks to which all ranks come at the same time."""
-        yield from _AT_REST
+        yield from (*_AT_REST, "on_save_checkpoint")
         yield from _BATCH_ENDS[1:]  # callbacks are given what rank 0's step has returned
         if self.in_step or not self.module.automatic_optimization:
             yield from ("on_train_batch_start", "on_train_batch_end")
@@ -181,8 +185,17 @@ class Hooks:
 
     def _reads_all(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run it on every rank, with all gradients and weights to read."""
+        if self.alone.active:  # in a hook that rank 0 runs alone, which reads all of them in its own way
+            return original(*args, **kwargs)
         with self.together.hook(what, args):
             return original(*args, **kwargs)
+
+    def _saves(self, what: str, original: Callable[..., Any], *args: Any) -> Any:
+        """The same for a hook that is given a checkpoint."""
+        if self.alone.active:
+            return original(*args)
+        with self.together.hook(what, checkpoint=args[-1]):
+            return original(*args)
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On rank 0 run it, and give what it has logged and set to the others."""

@@ -9,20 +9,24 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
+from lightning_lwpm.state.before import Before
 from lightning_lwpm.state.load import check_file, fill, read_rest
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
-from lightning_lwpm.state.names import check_names, other_groups
+from lightning_lwpm.state.misfits import misfits
+from lightning_lwpm.state.names import check_names, layer_of
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.state.tree import replaced
 from lightning_lwpm.state.whole import found
+from lightning_lwpm.training.building import fill_layers
 from lightning_lwpm.training.overlapping import OverlappingStrategy
 from lightning_lwpm.training.private import PathLike, WrappingCheckpointIO, restoring, set_up_training_data
 from lightning_lwpm.training.random_state import KEY, generators, put_back, put_generators, random_states, streams
@@ -57,6 +61,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     _engine: Engine | None = None
     _saving: ShardedSave | None = None  # under way
     _source: Path | None = None  # the folder of a sharded checkpoint that is being loaded
+    _before: tuple[Before, Mapping[str, Any]] | None = None  # what a checkpoint's weights have replaced, and it
     _random: dict[str, Any] | None = None  # the random numbers of the checkpoint that is being loaded
     _generators: dict[str, Any] | None = None  # those of this rank since the data is being read
     _unread: dict[str, Any] | None = None  # those of rank 0 before data was read to look at the step
@@ -145,7 +150,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def teardown(self) -> None:
         if self.failed:
             self._saving = None  # its threads end by themselves
-        self._source = self._random = self._generators = None
+        self._source = self._random = self._generators = self._before = None
         self._saved()
         super().teardown()
 
@@ -225,11 +230,46 @@ class StatefulStrategy(OverlappingStrategy, ABC):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
+        module = self.lightning_module
+        assert module is not None
         plan = self.plan_ahead()
         stage = plan.stage_holding if plan is not None else lambda _: None
-        check_names(self.lightning_module, checkpoint["state_dict"], strict, stage)
+        check_names(module, checkpoint["state_dict"], strict, stage)
+        fill_layers(module)  # built on the meta device, it has no memory that weights can be copied to
+        if self._engine is None and restoring(module.trainer) and module.trainer.state.fn == TrainerFn.FITTING:
+            self._before = Before(module), checkpoint
         super().load_model_state_dict(checkpoint, strict=strict)
+
+    def check_optimizer_states(self) -> None:
+        """Compare the states of optimizers in a checkpoint whose weights have come in with the run's optimizers.
+
+        Raises:
+            ConfigurationError: if they do not fit; the model is then as it was before.
+            KeyError: as Lightning does, if there are none; the same.
+        """
+        module = self.lightning_module
+        if self._before is None or module is None:
+            return
+        (before, checkpoint), self._before = self._before, None
+        if any(isinstance(callback, BaseFinetuning) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+            return  # it makes the groups of the checkpoint later on
+        if "optimizer_states" not in checkpoint:
+            before.put_back(module)
+            raise KeyError(
+                "Trying to restore optimizer state but checkpoint contains only the model. It was probably saved with "
+                "`save_weights_only=True`. Load its weights alone: `model.load_state_dict(torch.load(path)"
+                "['state_dict'])`, and `fit` without `ckpt_path`."
+            )
+        if words := misfits(self.optimizers, checkpoint["optimizer_states"], self._place_of):
+            before.put_back(module)
+            raise ConfigurationError(words)
+
+    def _place_of(self, parameter: Tensor) -> tuple[str, str]:
+        """A parameter's name, and the stage that holds it or the layer that it belongs to, in words."""
+        module, plan = self.lightning_module, self.plan_ahead()
+        assert module is not None
+        name = next((name for name, p in module.named_parameters() if p is parameter), "?")
+        return name, (plan.stage_holding(name) if plan is not None else None) or layer_of(module, name)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -244,7 +284,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         try:
             super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
         except ValueError as error:
-            if words := other_groups(self.optimizers, states):
+            if words := misfits(self.optimizers, states, self._place_of):
                 raise ConfigurationError(words) from error
             raise
         if self._random is not None and self._engine is not None:

@@ -21,9 +21,11 @@ from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholders_read
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import tensors
+from lightning_lwpm.state.tree import Path, tell
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.drawn import Drawn
 from lightning_lwpm.training.gradients import GRAD, lent
+from lightning_lwpm.training.kept import Kept
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.private import taking_norms
 from lightning_lwpm.training.reading import ASKED, Reading
@@ -44,6 +46,7 @@ class Together:
         holders: Gives who holds what now.
         units: Gives the largest modules of which each lies in one stage now.
         feed: Gives the batches.
+        kept: What the user keeps beside the model.
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class Together:
         holders: Callable[[], Holders],
         units: Callable[[], Sequence[Unit]],
         feed: Feed,
+        kept: Kept,
     ) -> None:
         self.mailbox, self.module, self.holders, self.units, self.feed = mailbox, module, holders, units, feed
-        self._drawn = Drawn(feed.device)
+        self.kept, self._drawn = kept, Drawn(feed.device)
         self._reading: Reading | None = None
         self._turn = 0
         self._small: set[str] = set()
@@ -63,16 +67,20 @@ class Together:
         mailbox.handle(ASKED, self._give)
 
     @contextmanager
-    def hook(self, what: str, arguments: Any = ()) -> Iterator[None]:
+    def hook(self, what: str, arguments: Any = (), checkpoint: Any = None) -> Iterator[None]:
         """Around a hook; the same on all ranks.
 
         Args:
             what: Names it, for people.
             arguments: What it is given, such as a batch, of which a rank may lack large parts.
+            checkpoint: The one that it is given, which may have weights of other ranks in it.
 
         Raises:
             ConfigurationError: if some things are read on one rank only and their values are there no more.
         """
+        if self._reading is not None:  # a checkpoint is saved in a hook
+            yield
+            return
         self._turn += 1
         named = list(self.module.named_parameters())
         own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
@@ -81,19 +89,21 @@ class Together:
         real = self.mailbox.rank == 0
         leaves = {f"{_ARGUMENT}{i}": tensor for i, tensor in enumerate(tensors(arguments))}
         absent = [name for name, tensor in leaves.items() if is_placeholder(tensor)]
-        here = lacking, absent, self._drawn.here() if real else None
+        here = lacking, absent, self.kept.lacking(checkpoint), self._drawn.here() if real else None
         there = self.mailbox.gather(("together", self._turn), here, f"all ranks to come to {what}")
+        kept, holders = self._kept([frozenset(paths) for _, _, paths, _ in there], checkpoint)
+        self._held |= kept
         self._held.update((name, leaves[name]) for names in there for name in names[1])
         with lent(self.module, set().union(*(names[0] for names in there))) as gradients:
             known = {**self._held, **gradients}
             lockstep = Lockstep(self.mailbox, self._turn, what)
-            reading = Reading(lockstep, known, _with_arguments(self.holders()), self._small, self._drawn)
+            reading = Reading(lockstep, known, _with_arguments(holders), self._small, self._drawn)
             self._reading = reading
             calls = Interception([(unit, self.module.get_submodule(unit.name)) for unit in self.units()])
             calls.step = Running(reading, self.module, self.holders())
             try:
                 with (
-                    self._drawn.alike(there[0][2], real),
+                    self._drawn.alike(there[0][3], real),
                     self.feed.read_aside(partial(_batches, reading)),
                     taking_norms(get_total_norm),
                     reading,
@@ -120,6 +130,14 @@ class Together:
             self._reading.lockstep.begin_changes()
         with self._reading.aside():
             yield
+
+    def _kept(self, lacking: Sequence[frozenset[Path]], checkpoint: Any) -> tuple[dict[str, Tensor], Holders]:
+        """What is kept beside the model and not whole on every rank, by name, and who holds what, weights included."""
+        weights = self.holders()
+        paths = frozenset.union(*lacking)
+        owners = {tell(path): [rank for rank, lacks in enumerate(lacking) if path not in lacks] for path in paths}
+        kept = {tell(path): tensor for path, tensor in self.kept.at(paths, checkpoint).items() if owners[tell(path)]}
+        return kept, lambda name: owners[name] if name in owners else weights(name)
 
     def _give(self, source: int, key: Any, name: str) -> None:
         """Answer a rank that is in the same hook, which this one has not left."""

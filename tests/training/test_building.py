@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader
-from training.modules import Classifier, train_loader, val_loader
+from training.modules import Classifier, data, train_loader, val_loader
 from training.runs import Runs, same, stock, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -135,6 +135,44 @@ def init_module(kwargs: dict[str, Any]) -> Any:
 
 def on_meta(kwargs: dict[str, Any]) -> Any:
     return trained(kwargs, lambda trainer: Parts("cpu" if stock(kwargs) else "meta"))
+
+
+class GoesOn:
+    """A model that is built on the meta device, or parts of one, and a checkpoint."""
+
+    def __init__(self, path: str, function: str, kind: Any = Parts) -> None:
+        self.path, self.function, self.kind = path, function, kind
+
+    def __call__(self, kwargs: dict[str, Any]) -> Any:
+        torch.manual_seed(8)
+        trainer = L.Trainer(**kwargs | {"max_epochs": 3})
+        with small():
+            module = self.kind("cpu") if stock(kwargs) else self.kind("meta")
+            out = getattr(trainer, self.function)(module, DataLoader(data(32), 8), ckpt_path=self.path)
+        return out or weights(module)
+
+
+class Scaled(Parts):
+    """With a parameter that only a checkpoint fills."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self.head.scale = nn.Parameter(torch.ones(3, device=device))
+
+
+def scaled(kwargs: dict[str, Any]) -> None:
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(Scaled(), DataLoader(data(32), 8))
+    trainer.save_checkpoint(trainer.default_root_dir + "/end.ckpt")
+
+
+def test_on_the_meta_device_from_a_checkpoint(runs: Runs) -> None:
+    runs.on(0, scaled, folder="scaled")
+    for function in ("fit", "test"):
+        goes_on = GoesOn(str(runs.folder / "scaled" / "end.ckpt"), function, Scaled)
+        expected = runs.on(0, goes_on)[0]
+        for world in (1, 2):
+            same(expected, runs.on(world, goes_on)[0], f"{function}, {world}")
 
 
 @pytest.mark.parametrize("scenario", [configured, differently_seeded, init_module, on_meta])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -270,29 +271,53 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
             assert all(f"\n  {place}:{end}" in message for message in found), found[0]
 
 
-class OtherGroups(Classifier):
+class Optimized(Classifier):
+    """Its optimizer is of some kind, with its parameters in some order and groups."""
+
+    def __init__(self, kind: Any = torch.optim.AdamW, order: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.form = kind, order, groups
+
     def configure_optimizers(self) -> Any:
-        first, *rest = self.parameters()
-        return torch.optim.Adam([{"params": [first]}, {"params": rest}])
+        kind, order, groups = self.form
+        parameters = list(self.parameters())[::order]
+        return kind([{"params": parameters[number::groups]} for number in range(groups)], lr=0.01)
 
 
-class Regrouped:
-    """What a run is refused with whose optimizer has other groups of parameters than the checkpoint's."""
+class OtherOptimizers:
+    """What first runs are refused with whose optimizers are others than a checkpoint's; their models stay as built."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    forms = ((torch.optim.AdamW, 1, 2), (torch.optim.SGD, 1, 1), (torch.optim.AdamW, -1, 1))
 
-    def __call__(self, kwargs: dict[str, Any]) -> str:
-        with pytest.raises(ConfigurationError) as raised:
-            L.Trainer(**kwargs, max_epochs=3).fit(OtherGroups(), train_loader(32), ckpt_path=self.path)
-        return str(raised.value)
+    def __init__(self, path: str, lazily: bool = False) -> None:
+        self.path, self.lazily = path, lazily
+
+    def __call__(self, kwargs: dict[str, Any]) -> list[str]:
+        told = []
+        for form in self.forms:
+            trainer = L.Trainer(**kwargs, max_epochs=3)
+            with trainer.init_module() if self.lazily else nullcontext():
+                module = Optimized(*form)
+            before = weights(module)
+            for _ in range(2):  # the first one has left nothing behind
+                with pytest.raises(ConfigurationError) as raised:
+                    trainer.fit(module, DataLoader(data(32), 8), ckpt_path=self.path)
+                same(before, weights(module))
+            told.append(str(raised.value))
+        return told
 
 
-def test_other_groups_of_parameters(runs: Runs) -> None:
-    runs.on(1, SavesBoth(Classifier, runs.folder))
-    told = runs.on(2, Regrouped(runs.folder / "saved-1.ckpt"))
-    assert told[0] == told[1]
-    assert "Adam (optimizer 0) has 2 groups of 1 and" in told[0] and "in the checkpoint 1 group of" in told[0], told[0]
+@pytest.mark.parametrize("world", [1, 2])
+def test_optimizers_that_do_not_fit(runs: Runs, world: int) -> None:
+    path = str(runs.folder / "optimized.ckpt")
+    runs.on(0, Saved(Optimized, path))
+    told = runs.on(world, OtherOptimizers(path, lazily=world == 2))
+    assert told[0] == told[-1], "the same words on all ranks"
+    groups, kind, order = told[0]
+    assert "AdamW (optimizer 0) has 2 groups of 6 and 6 parameters, in the checkpoint 1 group of 12" in groups, groups
+    assert "SGD (optimizer 0) has an option 'momentum', which the checkpoint's has not" in kind, kind
+    line = "layer 'head' (Linear):\n    'exp_avg' of 'head.bias' is (12, 6) in the checkpoint, and would be (3,) in"
+    assert line in order and "\n  layer 'inlet' (Linear):" in order, order
 
 
 class Kept:
