@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -28,7 +30,7 @@ from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout, Unit
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.building import initialise
+from lightning_lwpm.training.building import called_within, initialise
 from lightning_lwpm.training.checks import (
     check_callbacks,
     check_module,
@@ -202,6 +204,7 @@ class LWPMStrategy(StatefulStrategy):
         self._recorder: Recorder | None = None
         self._copies: list[torch.nn.Module] = []
         self._interruption = Interruption()
+        self._configured: Callable[[], None] | None = None  # lets the module's `configure_model` be as it was
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
@@ -232,8 +235,21 @@ class LWPMStrategy(StatefulStrategy):
                 yield
 
     @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if self.num_processes * self.num_nodes > 1 and is_overridden("configure_model", model):
+            self._end_configuring()
+            self._configured = called_within(model, self.tensor_init_context)
+
+    def _end_configuring(self) -> None:
+        if self._configured is not None:
+            self._configured()
+            self._configured = None
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None and self.lightning_module is not None
+        self._end_configuring()
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         module = self.lightning_module
@@ -519,6 +535,7 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def teardown(self) -> None:
+        self._end_configuring()
         kept = None
         if self._hooks is not None:
             kept = self._hooks.kept

@@ -11,6 +11,7 @@ the weights that it holds, with the numbers that they have where the model is bu
 is its share and one tensor. Whatever reads a lazy tensor gets its values, made for that call.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["Lazy", "built_lazily", "is_lazy", "lazy_like", "realised", "unfilled
 SMALL_BYTES = 1 << 14
 """Tensors up to this size are stored as always: they matter to nobody's memory, and code reads them."""
 
+_BLOCK = threading.local()
 _HOST = torch.device("cpu")
 _COPIES = frozenset({"aten::clone", "aten::_to_copy"})
 _FILLS = frozenset({"aten::copy_", "aten::zero_", "aten::fill_", "aten::uniform_", "aten::normal_"})
@@ -262,8 +264,15 @@ class _Building(TorchDispatchMode):
 @contextmanager
 def built_lazily() -> Iterator[None]:
     """Large tensors that are made in the block on the host are lazy."""
-    with freed_at_once(), _Building():
+    if getattr(_BLOCK, "entered", False):
         yield
+        return
+    _BLOCK.entered = True
+    try:
+        with freed_at_once(), _Building():
+            yield
+    finally:
+        _BLOCK.entered = False
 
 
 def _from_source(source: Callable[..., Tensor], *args: Any) -> Lazy:

@@ -1,8 +1,12 @@
 """Models that were built without values: under ``torch.device("meta")``, or lazily and never filled."""
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import Metric
 
@@ -11,7 +15,7 @@ from lightning_lwpm.staging.lazy import lazy_like, unfilled
 from lightning_lwpm.staging.placement import named_tensors, swap
 from lightning_lwpm.staging.tree import tensors
 
-__all__ = ["fill_layers", "initialise"]
+__all__ = ["called_within", "fill_layers", "initialise"]
 
 _SHOWN = 10
 
@@ -35,6 +39,33 @@ def initialise(module: nn.Module) -> None:
             'in `configure_model` or under `trainer.init_module()` in the place of `torch.device("meta")`: large '
             "weights are then made only where they are held."
         )
+
+
+def called_within(module: LightningModule, context: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Let ``configure_model`` run in a context whoever calls it: callbacks do so before Lightning does.
+
+    Args:
+        module: The user's module.
+        context: Makes the context.
+
+    Returns:
+        Puts the hook back.
+    """
+    original, own = module.configure_model, "configure_model" in vars(module)
+
+    @functools.wraps(original)
+    def within() -> None:
+        with context():
+            original()
+
+    module.__dict__["configure_model"] = within
+
+    def undo() -> None:
+        if vars(module).get("configure_model") is within:
+            del module.__dict__["configure_model"]
+            module.__dict__.update({"configure_model": original} if own else {})
+
+    return undo
 
 
 def fill_layers(module: nn.Module) -> None:

@@ -253,16 +253,20 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         (before, checkpoint), self._before = self._before, None
         if any(isinstance(callback, BaseFinetuning) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
             return  # it makes the groups of the checkpoint later on
+        error: Exception | None = None
         if "optimizer_states" not in checkpoint:
-            before.put_back(module)
-            raise KeyError(
+            error = KeyError(
                 "Trying to restore optimizer state but checkpoint contains only the model. It was probably saved with "
                 "`save_weights_only=True`. Load its weights alone: `model.load_state_dict(torch.load(path)"
                 "['state_dict'])`, and `fit` without `ckpt_path`."
             )
-        if words := misfits(self.optimizers, checkpoint["optimizer_states"], self._place_of):
+        elif words := misfits(self.optimizers, checkpoint["optimizer_states"], self._place_of):
+            error = ConfigurationError(words)
+        errors = self.mailbox.gather(("optimizers", self.next_turn()), error, "all ranks to compare optimizers")
+        first = next((error for error in errors if error is not None), None)
+        if first is not None:
             before.put_back(module)
-            raise ConfigurationError(words)
+            raise first
 
     def _place_of(self, parameter: Tensor) -> tuple[str, str]:
         """A parameter's name, and the stage that holds it or the layer that it belongs to, in words."""

@@ -1,5 +1,7 @@
 """Small LightningModules, data and recorders for the tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -10,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MaxMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_lwpm.staging import lazy
 
 
 def data(samples: int = 40, features: int = 6, classes: int = 3) -> TensorDataset:
@@ -25,6 +29,16 @@ def train_loader(samples: int = 40, batch_size: int = 8, **kwargs: Any) -> DataL
 
 def val_loader(samples: int = 20, batch_size: int = 8) -> DataLoader:
     return DataLoader(data(samples), batch_size)
+
+
+@contextmanager
+def small(limit: int = 64) -> Iterator[None]:
+    """Let tensors of over so many bytes be lazy ones, where a model is built lazily."""
+    before, lazy.SMALL_BYTES = lazy.SMALL_BYTES, limit
+    try:
+        yield
+    finally:
+        lazy.SMALL_BYTES = before
 
 
 class Classifier(L.LightningModule):

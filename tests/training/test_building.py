@@ -2,24 +2,22 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.data import DataLoader
-from training.modules import Classifier, data, train_loader, val_loader
+from training.modules import Classifier, data, small, train_loader, val_loader
 from training.runs import Runs, same, stock, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lwpm import ConfigurationError
-from lightning_lwpm.staging import lazy
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy, realised
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, swap
@@ -92,15 +90,6 @@ class Empty(Parts):
         self.blocks[1].scale = nn.Parameter(torch.ones(32, device="meta"))
 
 
-@contextmanager
-def small(limit: int = 64) -> Iterator[None]:
-    before, lazy.SMALL_BYTES = lazy.SMALL_BYTES, limit
-    try:
-        yield
-    finally:
-        lazy.SMALL_BYTES = before
-
-
 def trained(kwargs: dict[str, Any], build: Any, seeds: bool = True) -> dict[str, Any]:
     trainer = L.Trainer(**kwargs | {"max_epochs": 2})
     torch.manual_seed(5 if seeds else trainer.global_rank)
@@ -115,6 +104,19 @@ def trained(kwargs: dict[str, Any], build: Any, seeds: bool = True) -> dict[str,
 
 def configured(kwargs: dict[str, Any]) -> Any:
     return trained(kwargs, lambda trainer: Configured())
+
+
+class Averaged(EMAWeightAveraging):
+    """Calls ``configure_model`` itself, before Lightning does."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        kept = [pl_module.net, self._average_model.module.net]
+        assert all(is_lazy(net.blocks[0].weight) for net in kept) == (trainer.num_devices > 1)
+
+
+def averaged(kwargs: dict[str, Any]) -> Any:
+    return trained(kwargs | {"callbacks": [Averaged(decay=0.8)]}, lambda trainer: Configured())
 
 
 def parts(trainer: L.Trainer) -> L.LightningModule:
@@ -175,7 +177,7 @@ def test_on_the_meta_device_from_a_checkpoint(runs: Runs) -> None:
             same(expected, runs.on(world, goes_on)[0], f"{function}, {world}")
 
 
-@pytest.mark.parametrize("scenario", [configured, differently_seeded, init_module, on_meta])
+@pytest.mark.parametrize("scenario", [configured, averaged, differently_seeded, init_module, on_meta])
 def test_like_one_device(runs: Runs, scenario: Any) -> None:
     expected = runs.on(0, scenario)[0]
     for world in (1, 3) if scenario is configured else (2,):
