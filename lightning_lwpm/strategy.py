@@ -29,6 +29,7 @@ from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout, Unit
 from lightning_lwpm.staging.lazy import built_lazily, is_lazy
+from lightning_lwpm.state.before import Before
 from lightning_lwpm.training.admission import Rules
 from lightning_lwpm.training.building import called_within, initialise
 from lightning_lwpm.training.checks import (
@@ -259,14 +260,13 @@ class LWPMStrategy(StatefulStrategy):
             feed = self._prepare(trainer)
         self.check_optimizer_states()
         with self.told("setup"):
-            self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
             self._resume_data(trainer)
             if self.is_global_zero:
                 if self.world_size > 1:
                     log_graphs(trainer, module)
                 self._unread = generators(self.root_device)
             with freed_at_once() if any(map(is_lazy, module.parameters())) else nullcontext():
-                layout = self._planner.layout(trainer, module, feed, self._wish())
+                layout = self._plan(trainer, feed)
                 if self.world_size > 1:
                     self._copies = copies(module, trainer.callbacks)  # type: ignore[attr-defined]
                 self._move_weights(None, layout)
@@ -380,6 +380,25 @@ class LWPMStrategy(StatefulStrategy):
         assert self.lightning_module is not None
         plan = self._planner.plan_of(self.lightning_module) if self._planner is not None else None
         return plan or (self.partition if isinstance(self.partition, PartitionPlan) else None)
+
+    @override
+    def plan_in_vain(self) -> PartitionPlan | None:
+        module = self.lightning_module
+        assert module is not None
+        before = Before(module)
+        try:
+            with self.told("setup"):
+                self._plan(module.trainer, self._prepare(module.trainer))
+        except Exception:  # another error is on its way
+            return None
+        finally:
+            before.put_back(module)
+        return self.plan
+
+    def _plan(self, trainer: Trainer, feed: Feed) -> Layout:
+        assert self.lightning_module is not None
+        self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
+        return self._planner.layout(trainer, self.lightning_module, feed, self._wish())
 
     @override
     def model_to_device(self) -> None:

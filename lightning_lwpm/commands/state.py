@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.state.load import check_file, fill, is_sharded, read_rest
+from lightning_lwpm.state.load import UNREADABLE, check_file, fill, is_sharded, read_rest, why_unreadable
 from lightning_lwpm.state.shards import ShardedSave
 from lightning_lwpm.training.storage import WholeCheckpointIO
 
@@ -34,6 +34,8 @@ def merge(args: argparse.Namespace) -> None:
             raise ConfigurationError(f"'{target}' is a folder; name the file to write")
         check_file(source)
         rest, data = read_rest(source, weights_only=not args.trusted)
+        if not isinstance(rest, dict):
+            raise ConfigurationError(f"'{source}' holds {type(rest).__name__}, which is no checkpoint")
         WholeCheckpointIO().save_checkpoint(fill(rest, data), target)
     Console().print(f"written: {target}", markup=False)
 
@@ -55,6 +57,8 @@ def split(args: argparse.Namespace) -> None:
             raise ConfigurationError(f"'{target}' is a file; name the folder to write")
         check_file(source)
         checkpoint = WholeCheckpointIO().load_checkpoint(source, weights_only=not args.trusted)
+        if not isinstance(checkpoint, dict):
+            raise ConfigurationError(f"'{source}' holds {type(checkpoint).__name__}, which is no checkpoint")
         saving = ShardedSave(Mailbox(0, 1, lambda value: [value]), 0, checkpoint, target, copy=False)
         saving.start(later=False)
         saving.wait()
@@ -70,7 +74,9 @@ def _explained(args: argparse.Namespace) -> Iterator[None]:
             f"'{args.source}' has more in it than tensors and plain values. Add --trusted if you trust "
             f"its source.\n{error}"
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except UNREADABLE as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"'{args.source}' to '{args.target}': {error}") from error
+        raise ConfigurationError(
+            f"'{args.source}' to '{args.target}': {type(error).__name__}: {error}{why_unreadable(args.source)}"
+        ) from error

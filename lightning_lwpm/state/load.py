@@ -19,7 +19,20 @@ from lightning_lwpm.state.shards import INDEX, REST, crc
 from lightning_lwpm.state.tree import Path as TreePath
 from lightning_lwpm.state.tree import replaced, tell, walk
 
-__all__ = ["check_file", "fill", "is_sharded", "read_rest"]
+__all__ = ["UNREADABLE", "check_file", "fill", "is_sharded", "read_rest", "why_unreadable"]
+
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+)
+"""What is raised where something is read that is no checkpoint."""
 
 _PART = 1 << 20
 
@@ -48,6 +61,17 @@ def check_file(path: Path, rank: int = 0, world: int = 1) -> None:
             # all of them: written without sums (`torch.serialization.set_crc32_options`)
             if bad and len(bad) < len(names):
                 raise _damaged(path, f"its part '{bad[0]}' is damaged")
+
+
+def why_unreadable(path: Path | str | None) -> str:
+    """What to add to the words of an error of :data:`UNREADABLE`; empty where there is nothing to say.
+
+    Args:
+        path: The file that was read; ``None`` for one that is not of this machine.
+    """
+    if path is None or not Path(path).is_file() or zipfile.is_zipfile(path):
+        return ""
+    return " (it lacks the end that `torch.save` writes: it is truncated, or no file of `torch.save`)"
 
 
 def read_rest(path: Path, weights_only: bool | None = None) -> tuple[dict[str, Any], Path]:

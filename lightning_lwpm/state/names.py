@@ -49,14 +49,16 @@ def check_names(
     swap(module, stand_in)
     try:
         module.load_state_dict(saved, strict=strict)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"the checkpoint does not fit {type(module).__name__}, and nothing was loaded:"
-            + "".join(by_place(told, lambda name: stage(name) or layer_of(module, name)))
-            + ("\nTo load what fits by name, set `strict_loading = False` in the module." if not shapes else "")
-        ) from error
+        return
+    except RuntimeError as caught:
+        error = caught
     finally:
         swap(module, lambda _, tensor: originals[id(tensor)])
+    raise ConfigurationError(
+        f"the checkpoint does not fit {type(module).__name__}, and nothing was loaded:"
+        + "".join(by_place(told, lambda name: stage(name) or layer_of(module, name)))
+        + ("\nTo load what fits by name, set `strict_loading = False` in the module." if not shapes else "")
+    ) from error
 
 
 def by_place(told: Mapping[str, str], place: Callable[[str], str]) -> list[str]:

@@ -1,7 +1,6 @@
 """The part of the strategy that saves and loads checkpoints."""
 
 import copy
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.state.before import Before
-from lightning_lwpm.state.load import check_file, fill, read_rest
+from lightning_lwpm.state.load import UNREADABLE, check_file, fill, read_rest, why_unreadable
 from lightning_lwpm.state.merge import held_states, merge_checkpoint
 from lightning_lwpm.state.misfits import misfits
 from lightning_lwpm.state.names import check_names, layer_of
@@ -34,18 +33,6 @@ from lightning_lwpm.training.storage import WholeCheckpointIO, local_path
 from lightning_lwpm.training.weights import merged_copy
 
 __all__ = ["StatefulStrategy"]
-
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-)
 
 
 class StatefulStrategy(OverlappingStrategy, ABC):
@@ -172,6 +159,10 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def plan_ahead(self) -> PartitionPlan | None:
         """Which stage runs which layers of this module, where that is known: since an earlier run, or from the user."""
 
+    @abstractmethod
+    def plan_in_vain(self) -> PartitionPlan | None:
+        """The plan of a run that will not be; all ranks take part, and the model stays as it is."""
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     @override
@@ -190,17 +181,17 @@ class StatefulStrategy(OverlappingStrategy, ABC):
                 checkpoint = fill(checkpoint, self._source, lambda path: path[:1] != later)
             else:
                 checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-            if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
                 raise ConfigurationError(
                     f"'{checkpoint_path}' is no checkpoint of Lightning: it has no 'state_dict'. Load it yourself, by "
                     "`model.load_state_dict(torch.load(...))` before `fit`, if these are weights."
                 )
         except (FileNotFoundError, ConfigurationError) as caught:
             error = caught
-        except _UNREADABLE as caught:
+        except UNREADABLE as caught:
             error = ConfigurationError(
                 f"the checkpoint '{checkpoint_path}' cannot be read, and nothing was loaded: {type(caught).__name__}: "
-                f"{caught}"
+                f"{caught}{why_unreadable(local)}"
             )
         errors = [error]
         if self._mailbox is not None:  # before the first run each process reads for itself
@@ -232,9 +223,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        plan = self.plan_ahead()
-        stage = plan.stage_holding if plan is not None else lambda _: None
-        check_names(module, checkpoint["state_dict"], strict, stage)
+        check_names(module, checkpoint["state_dict"], strict, self._stage_holding)
         fill_layers(module)  # built on the meta device, it has no memory that weights can be copied to
         if self._engine is None and restoring(module.trainer) and module.trainer.state.fn == TrainerFn.FITTING:
             self._before = Before(module), checkpoint
@@ -270,10 +259,18 @@ class StatefulStrategy(OverlappingStrategy, ABC):
 
     def _place_of(self, parameter: Tensor) -> tuple[str, str]:
         """A parameter's name, and the stage that holds it or the layer that it belongs to, in words."""
-        module, plan = self.lightning_module, self.plan_ahead()
+        module = self.lightning_module
         assert module is not None
         name = next((name for name, p in module.named_parameters() if p is parameter), "?")
-        return name, (plan.stage_holding(name) if plan is not None else None) or layer_of(module, name)
+        return name, self._stage_holding(name) or layer_of(module, name)
+
+    def _stage_holding(self, name: str) -> str | None:
+        """The stage that holds a weight which does not fit, in words; ``None`` where no plan can be had."""
+        assert self.lightning_module is not None
+        plan = self.plan_ahead()
+        if plan is None and self.world_size > 1 and not self.failed and restoring(self.lightning_module.trainer):
+            plan = self.plan_in_vain()
+        return plan.stage_holding(name) if plan is not None else None
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

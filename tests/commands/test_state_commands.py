@@ -38,12 +38,17 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert weights["weight"].data_ptr() == weights["tied"].data_ptr(), f"tied weights are one tensor in {path}"
     (data,) = folder.glob("data-*")
     assert len(FileSystemReader(data).read_metadata().state_dict_metadata) == 4, "tied weights are written once"
+    text, listed = tmp_path / "text", tmp_path / "listed"
+    text.write_text("hello")
+    torch.save([1], listed)
     capsys.readouterr()
     for command, expected in (
         (["merge", str(one), str(tmp_path / "x")], "is no sharded checkpoint"),
         (["merge", str(folder), str(tmp_path)], "is a folder"),
         (["split", str(folder), str(tmp_path / "x")], "is no file"),
         (["split", str(one), str(back)], "is a file"),
+        (["split", str(text), str(tmp_path / "x")], "it is truncated, or no file of `torch.save`"),
+        (["split", str(listed), str(tmp_path / "x")], "holds list, which is no checkpoint"),
     ):
         assert main(command) == 1
         assert expected in " ".join(capsys.readouterr().err.split())

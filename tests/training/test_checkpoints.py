@@ -265,8 +265,9 @@ def test_what_cannot_be_used_changes_nothing(runs: Runs) -> None:
     ]
     stages = ["stage 0 (rank 1)", "stage 1 (rank 0)", "Tied itself"]
     layers = ["layer 'inlet' (Linear)", "layer 'blocks.3.0' (Linear)", "Tied itself"]
-    first = runs.on(2, RefusedAtFirst(str(runs.folder / "other.ckpt")))
-    for places, found in ((stages, [words["other"]]), (layers, first)):
+    one, two = (runs.on(world, RefusedAtFirst(str(runs.folder / "other.ckpt"))) for world in (1, 2))
+    assert two[0] == two[1]
+    for places, found in ((stages, [words["other"]]), (layers, one), (stages, two)):
         for place, end in zip(places, ends, strict=True):
             assert all(f"\n  {place}:{end}" in message for message in found), found[0]
 
@@ -306,15 +307,18 @@ class OtherOptimizer:
 def test_optimizers_that_do_not_fit(runs: Runs, world: int) -> None:
     path = str(runs.folder / "optimized.ckpt")
     runs.on(0, Saved(Optimized, path))
-    head = "\n  layer 'head' (Linear):\n    'exp_avg' of 'head.bias' is (12, 6) in the checkpoint, and would be (3,) in"
+    head = "\n    'exp_avg' of 'head.bias' is (12, 6) in the checkpoint, and would be (3,) in"
     for form, words in {
         ("AdamW", 1, 2): ["AdamW (optimizer 0) has 2 groups of 6 and 6 parameters, in the checkpoint 1 group of 12"],
         ("SGD", 1, 1): ["SGD (optimizer 0) has an option 'momentum', which the checkpoint's has not"],
-        ("AdamW", -1, 1): [head, "\n  layer 'inlet' (Linear):"],
+        ("AdamW", -1, 1): [head, "\n  layer 'inlet' (Linear):" if world == 1 else "\n  stage 0 (rank 1):"],
     }.items():
         told = runs.on(world, OtherOptimizer(path, form, lazily=world == 2))
         assert told[0] == told[-1], "the same words on all ranks"
         assert all(word in told[0] for word in words), told[0]
+    torch.save({**torch.load(path, weights_only=True), "optimizer_states": [{"a": 1}]}, path + ".odd")
+    for message in runs.on(world, OtherOptimizer(path + ".odd", ("AdamW", 1, 1), lazily=False)):
+        assert "as 'optimizer_states' are none" in message
 
 
 class Kept:
