@@ -121,7 +121,7 @@ class ShardedSave:
                     parts.append(part)
                 self._finish(parts)
             except Exception as error:
-                self._error = f"{mailbox.label}: {error}"
+                self._error = f"{mailbox.label}: {_reason(error)}"
                 if mailbox.rank and mailbox.failure is None:
                     mailbox.post(0, "share", (self.key, mailbox.rank), (None, self._error))
 
@@ -148,6 +148,14 @@ class ShardedSave:
                 if old.name != self._data.name:
                     shutil.rmtree(old, ignore_errors=True)
         sync_folder(self.path.parent)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the system had said, such as that the disk is full, before ``torch.save`` told of a position only."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
 
 
 def crc(path: Path) -> tuple[int, int]:

@@ -9,13 +9,16 @@ No file system replaces a file by a folder in one step, or a folder by a file: t
 """
 
 import fcntl
+import io
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from typing_extensions import override
 
 __all__ = ["PREFIX", "found", "give_name", "partial_folder", "remove", "sync_folder", "whole_file"]
 
@@ -32,17 +35,34 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     partial, file = _locked(path.parent, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    raw = _File(file, "wb")
     try:
-        with os.fdopen(file, "wb") as stream:
+        with io.BufferedWriter(raw) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
             give_name(partial, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             partial.unlink()
+        if raw.error is not None and isinstance(error, Exception):  # `torch.save` tells of a position only
+            raise OSError(raw.error.errno, raw.error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
+
+
+class _File(io.FileIO):
+    """A file that remembers why it could not be written to."""
+
+    error: OSError | None = None
+
+    @override
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextmanager
