@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
-__all__ = ["Placeholder", "is_placeholder", "placeholder_like", "placeholders_read"]
+__all__ = ["COPIED", "LEFT", "Placeholder", "is_placeholder", "placeholder_like", "placeholders_read"]
 
 
-_LEFT = (
+LEFT = (
     "weights_after_run='rank_zero': this process has not got all weights of the model, only rank 0 has. Use them under "
     "`if trainer.is_global_zero:`, or pass weights_after_run='all_ranks'."
+)
+
+COPIED = (
+    "this was copied from the model in a hook on rank 0 alone (such as under `rank_zero_only`) while other ranks held "
+    "the weights, and has not got their values. Copy it on every rank, or keep `trainer.strategy.merged_module()`, "
+    "called on all ranks."
 )
 
 _ASKED = (
@@ -41,7 +47,7 @@ class Placeholder(Tensor):
     """
 
     shell: Tensor  # the same tensor on the meta device
-    left: bool = False  # whether it was left here at the end of a run, when only rank 0 got all values
+    left: str = ""  # why it was left here at the end of a run without values
 
     @staticmethod
     def __new__(cls, shell: Tensor, device: torch.device) -> "Placeholder":
@@ -71,9 +77,9 @@ class Placeholder(Tensor):
             return tensor.to("meta") if tensor.device.type != "meta" and tensor.dim() else tensor
 
         meta_args, meta_kwargs = map_tensors(to_meta, (args, kwargs))
-        left = any(placeholder.left for placeholder in found)
+        left = next((placeholder.left for placeholder in found if placeholder.left), "")
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
-            raise ConfigurationError(_LEFT if left else _ASKED)
+            raise ConfigurationError(left or _ASKED)
         device = meta_kwargs.get("device")
         if device is not None:
             meta_kwargs = {**meta_kwargs, "device": torch.device("meta")}
@@ -81,12 +87,12 @@ class Placeholder(Tensor):
         if written:
             if not isinstance(args[0], Placeholder):
                 if left:
-                    raise ConfigurationError(_LEFT)
+                    raise ConfigurationError(left)
                 raise RuntimeError(f"{func} writes a parameter of another rank into a tensor of this one")
             return args[0]
         if any(not isinstance(tensor, Placeholder) and tensor.dim() for tensor in tensors((args, kwargs))):
             if left:
-                raise ConfigurationError(_LEFT)
+                raise ConfigurationError(left)
             raise ConfigurationError(
                 f"{func} of a tensor and a parameter {tuple(found[0].shape)} that lives on another rank of the "
                 "pipeline: this code uses a layer in a stage where it was not used when the model was partitioned. "
@@ -98,7 +104,7 @@ class Placeholder(Tensor):
         target = torch.device(device) if device is not None else found[0].device
         made = map_tensors(lambda tensor: Placeholder(tensor, target), out)
         for placeholder in tensors(made) if left else ():
-            placeholder.left = True  # type: ignore[attr-defined]
+            placeholder.left = left  # type: ignore[attr-defined]
         return made
 
     def numpy(self, **kwargs: Any) -> Any:
@@ -111,7 +117,7 @@ class Placeholder(Tensor):
 
     def _values(self) -> Tensor:
         if not _readable():
-            raise ConfigurationError(_LEFT if self.left else _ASKED)
+            raise ConfigurationError(self.left or _ASKED)
         return _READING.read(self)  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -125,7 +131,7 @@ class Placeholder(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.left:
-            raise ConfigurationError(_LEFT)
+            raise ConfigurationError(self.left)
         if get_spawning_popen() is None:  # a worker of a DataLoader may get it with what it is a part of
             if not _readable():
                 raise ConfigurationError(_SAVED)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
-from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
+from lightning_lwpm.staging.placeholder import COPIED, LEFT, is_placeholder, placeholder_like
 from lightning_lwpm.state.tree import Path
 
 __all__ = ["Kept"]
@@ -89,14 +89,15 @@ class Kept:
                     mailbox.post(taker, "kept", (key, path), slots[path][2].detach() if path in slots else None)
             elif path in everyone[mailbox.rank]:
                 container, name, old = slots[path]
+                old.left = LEFT  # type: ignore[attr-defined]
                 if mailbox.rank in takers and owner is not None:
                     new = mailbox.take("kept", (key, path), f"{path} from rank {owner}", owner)
                     if new is not None:
                         new = new.to(old.device)
                         new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                         container[name] = made.setdefault(id(old), new)
-                        continue
-                old.left = True  # type: ignore[attr-defined]
+                    else:
+                        old.left = COPIED  # type: ignore[attr-defined]
 
     def _slots(self, more: Any = None) -> Iterator[Slot]:
         for path, container in self._containers(more):

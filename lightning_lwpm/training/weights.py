@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Layout
-from lightning_lwpm.staging.placeholder import is_placeholder
+from lightning_lwpm.staging.placeholder import LEFT, is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 from lightning_lwpm.state.merge import merge_checkpoint
 from lightning_lwpm.state.tree import replaced
@@ -62,7 +62,7 @@ def move(
         after: Who is to hold what.
         optimizers: Optimizers that hold the model's parameters.
     """
-    _leave(module, False)
+    _leave(module, "")
     rank = mailbox.rank
     states: dict[str, Any] = {}
     for name, tensor in named_tensors(module):
@@ -159,7 +159,7 @@ def gather(
             elif mailbox.rank:
                 mailbox.post(0, "weight", (key, name), tensor.detach())
     if not everywhere and mailbox.rank:
-        _leave(module, True)
+        _leave(module, LEFT)
         return
 
     def fetch(name: str, tensor: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def merged_copy(mailbox: Mailbox, key: int, module: nn.Module) -> nn.Module | No
     return copied.cpu()  # now metrics are, and it says so itself
 
 
-def _leave(module: nn.Module, left: bool) -> None:
+def _leave(module: nn.Module, left: str) -> None:
     """Let placeholders know whether a run has left them behind; then they cannot be saved, nor used by mistake."""
     for _, tensor in named_tensors(module):
         if is_placeholder(tensor):

@@ -1,5 +1,6 @@
 """What hooks put into checkpoints and read from them, and what is kept beside the model, is what one device has."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,37 @@ def test_hooks_of_checkpoints(runs: Runs, kind: str) -> None:
     for name in ("state_dict", "norms", "half", "vector", "listed", "shadow", "shadows", "apart", "optimizer_states"):
         same(dict(one)[name], dict(two)[name], name)
     same(one["callbacks"]["Averaging"], two["callbacks"]["Averaging"])
+
+
+class Best(L.Callback):
+    """Copies the weights after each epoch, on every rank or on rank 0 alone; they are put back after the run."""
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0 and not (self.alone and trainer.global_rank):
+            self.best = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
+
+
+class PutsBack:
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+
+    def __call__(self, kwargs: dict[str, Any]) -> Any:
+        L.seed_everything(5)
+        module, best = Classifier(), Best(self.alone)
+        L.Trainer(**kwargs, max_epochs=2, callbacks=[best]).fit(module, DataLoader(data(32), 8))
+        if hasattr(best, "best"):
+            try:
+                module.load_state_dict(best.best)
+            except RuntimeError as error:
+                return str(error)
+        return weights(module)
+
+
+def test_copies_of_weights(runs: Runs) -> None:
+    expected = runs.on(0, PutsBack(False))[0]
+    for found in runs.on(2, PutsBack(False)):
+        same(expected, found)
+    assert "on rank 0 alone" in runs.on(2, PutsBack(True))[0]
