@@ -13,7 +13,9 @@ What has changed there goes with what rank 0 tells the others anyway, after each
 that it runs alone; they have it from the next batch on. What the next micro-batch wants to know: see ``late_changes``.
 
 Plain are numbers, text, lists, dicts and sets of such, objects of the user's own classes that hold nothing else, and
-small tensors without a graph. (Buffers that change so are never cut off from where they are used.)
+small tensors without a graph. (Buffers that change so are never cut off from where they are used.) Tensors that layers
+of other ranks have made (the state of a recurrent layer, for the next batch) are fetched at the end of the step, and
+every rank gets them too, without a graph.
 """
 
 from collections import deque
@@ -30,6 +32,8 @@ from torchmetrics import Metric
 from lightning_lwpm.staging.contents import is_users
 from lightning_lwpm.staging.reach import SMALL
 from lightning_lwpm.staging.record import version
+from lightning_lwpm.staging.remote import Remote, localise
+from lightning_lwpm.staging.tree import map_tensors
 from lightning_lwpm.staging.versions import NOT_STATE
 
 __all__ = ["Attributes", "Change"]
@@ -40,6 +44,7 @@ Change = tuple[str, str, Any]
 _MOST = 100
 """What has more items is no plain value: a list that grows with each batch would be looked at, and sent, each time."""
 
+_HOLDING = (Remote, tuple, list, dict)
 _ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, range, Enum, np.generic)
 _OF_LIGHTNING = (NOT_STATE | vars(LightningModule()).keys()) - {"training"}
 
@@ -59,6 +64,7 @@ class Attributes:
         self.module, self.ahead = module, False
         self.late: Callable[[nn.Module, str], None] | None = None
         self._before: dict[tuple[str, str], Any] = {}
+        self._fetched: list[Change] = []
         self._own: set[tuple[str, str]] = set()  # what this rank's part of a step changes by itself
 
     def watch(self) -> None:
@@ -67,8 +73,25 @@ class Attributes:
 
     def changes(self) -> list[Change]:
         """What has changed since :meth:`watch`."""
-        before = self._before
-        return [(*key, value) for key, image, value in self._look() if key not in before or before[key] != image]
+        before, fetched = self._before, self._fetched
+        self._fetched = []
+        plain = [(*key, value) for key, image, value in self._look() if key not in before or before[key] != image]
+        return plain + fetched
+
+    def fetch(self) -> None:
+        """On rank 0, at the end of a step: put values in the place of other ranks' tensors that it has stored."""
+        self._fetched = []
+        for path, module in self.module.named_modules():
+            for name, value in list(vars(module).items()):
+                if name not in _OF_LIGHTNING and type(value) in _HOLDING and _has_remote(value):
+                    here = map_tensors(_here, value)
+                    if isinstance(value, list):  # others may hold it too
+                        value[:] = here
+                    elif isinstance(value, dict):
+                        value.update(here)
+                    else:
+                        vars(module)[name] = here
+                    self._fetched.append((path, name, here))
 
     def adopt(self, changes: Iterable[Change], step: bool = False) -> None:
         """Take what has changed on rank 0.
@@ -113,6 +136,19 @@ class _Seen:
         return isinstance(other, _Seen) and self.tensor is other.tensor and self.version == other.version
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return localise(tensor).detach() if type(tensor) is Remote else tensor
+
+
+def _has_remote(value: Any) -> bool:
+    """Whether it is a tensor of another rank, or a small container of such."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        return len(value) <= _MOST and any(map(_has_remote, value))
+    return type(value) is Remote
 
 
 def _image(value: Any, seen: dict[int, Any]) -> Any:
@@ -166,7 +202,8 @@ def _same(here: Any, there: Any) -> bool:
     """Whether a value of this rank is that of rank 0."""
     if type(here) is Tensor and type(there) is Tensor:
         return here.dtype == there.dtype and here.shape == there.shape and torch.equal(here.detach().cpu(), there)
-    return type(here) is type(there) and bool(_image(here, {}) == _image(there, {}))
+    image = _image(here, {})
+    return type(here) is type(there) and image is not None and bool(image == _image(there, {}))
 
 
 def _renewed(old: Any, new: Any) -> Any:

@@ -58,6 +58,8 @@ class _Pass:
         steps.book.microbatch(self.split.sizes[i], steps.engine.at_last)
         with steps.precision.train_step_context(), steps.metrics.in_step(steps.current()):
             out = steps.module.training_step(*self.arguments(micro))
+            if steps.engine.at_last and steps.hooks is not None and i == len(self.split) - 1:
+                steps.hooks.settings.attributes.fetch()
         # one device alone may skip a batch: Lightning does so, or says what is wrong with the output
         if steps.engine.at_last and (has_loss(out) or steps.mailbox.world > 1 or len(self.split) > 1):
             self.losses.append(loss_of(out))

@@ -137,3 +137,45 @@ def test_what_the_next_micro_batch_would_read_is_told(runs: Runs, schedule: str)
     assert first[1:] == second[1:] == ((6, 6), [])
     if schedule == "1f1b":
         assert not any(told for told, *_ in runs.on(2, counting, 1, partition=["blocks.2"]))
+
+
+class Recurrent(L.LightningModule):
+    """Keeps the state of a recurrent layer for the next batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.cells, self.head = nn.Linear(6, 8), nn.LSTM(8, 64, 2), nn.Linear(64, 3)
+        self.hidden: tuple[torch.Tensor, ...] | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        if self.hidden is None:
+            self.hidden = (x.new_zeros(2, 1, 64), x.new_zeros(2, 1, 64))
+        hidden = (self.hidden[0].detach(), self.hidden[1].detach())
+        out, self.hidden = self.run(x, hidden)
+        return F.cross_entropy(out, y)
+
+    def run(self, x: torch.Tensor, hidden: Any) -> Any:
+        out, hidden = self.cells(self.inlet(x)[:, None], hidden)
+        return self.head(out[:, 0]), hidden
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def recurrent(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(3)
+    module = Recurrent()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        L.Trainer(**kwargs | {"max_epochs": 2}).fit(module, train_loader(20))
+    assert module.hidden is not None
+    return (weights(module), [each.detach() for each in module.hidden]), ["Recurrent.hidden" in str(w) for w in caught]
+
+
+def test_state_of_recurrent_layers_goes_on(runs: Runs) -> None:
+    """Whatever rank has computed it: the step stores it after its layers, which another rank only runs."""
+    expected, _ = runs.one(recurrent)
+    for rank, (found, _) in enumerate(runs.on(2, recurrent, partition=["head"])):
+        same(expected, found, f"rank {rank}")
+    assert any(runs.on(2, recurrent, 2, partition=["head"])[1][1])
