@@ -79,15 +79,22 @@ def undone(root: nn.Module, outside: Sequence[nn.Module] = ()) -> Any:
         with torch.no_grad():
             stored_here = [(v, saved) for _, plain in attributes for v, saved in plain.values() if type(v) is Tensor]
             for tensor, saved in stored_here + contained:
-                if tensor.shape == saved.shape:
+                if tensor.shape == saved.shape and not _expanded(tensor):
                     tensor.copy_(saved)
             for name, buffer in root.named_buffers():
-                if name in buffers and buffer.shape == buffers[name].shape:
+                if name in buffers and buffer.shape == buffers[name].shape and not _expanded(buffer):
                     buffer.copy_(buffers[name])
         for parameter, grad, requires in gradients:
             parameter.grad = grad
             if parameter.requires_grad != requires:
                 parameter.requires_grad_(requires)
+
+
+def _expanded(tensor: Tensor) -> bool:
+    """Whether elements share a place: nothing can have changed it in place."""
+    return tensor.layout is torch.strided and any(
+        n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
