@@ -280,9 +280,8 @@ class LWPMStrategy(StatefulStrategy):
             engine = self._start_engine(layout)
             if self.world_size > 1:
                 in_step = module.automatic_optimization and not self._asynchronous
-                self._hooks = Hooks(
-                    module, trainer, self.mailbox, self._holders, self._units, feed, self.begin_again, in_step
-                )
+                places, begin_again = (self._holders, self._units), self.begin_again
+                self._hooks = Hooks(module, trainer, self.mailbox, *places, feed, begin_again, in_step, self._unread)
                 self._hooks.kept.partition()
                 self._hooks.install()
                 self._join_precision()

@@ -37,6 +37,7 @@ from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.kept import Kept
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
+from lightning_lwpm.training.random_state import after, generators, put_generators
 from lightning_lwpm.training.settings import Settings
 from lightning_lwpm.training.tickets import has_tickets
 from lightning_lwpm.training.together import Together
@@ -67,6 +68,7 @@ class Hooks:
         feed: Gives the batches.
         before_data: Called before the training data is read.
         in_step: Whether all ranks come to the hooks before an optimizer's step at the same time.
+        unread: On rank 0 where the random generators were before it began to read the data.
 
     Attributes:
         alone: The weights in hooks that only rank 0 runs.
@@ -85,8 +87,9 @@ class Hooks:
         feed: Feed,
         before_data: Callable[[], None],
         in_step: bool,
+        unread: dict[str, Any] | None,
     ) -> None:
-        self.before_data, self.in_step = before_data, in_step
+        self.before_data, self.in_step, self._unread = before_data, in_step, unread
         self.kept = Kept(module, users(module, trainer))
         self.together, self.feed = Together(mailbox, module, holders, units, feed, self.kept), feed
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
@@ -114,6 +117,8 @@ class Hooks:
                     what = f"`{name}` of {type(place).__name__}"
                     run = self._saves if name == "on_save_checkpoint" else self._reads_all
                     self._replace(name, functools.partial(run, what), place)
+            if self._unread is not None and is_overridden("on_fit_start", place):
+                self._replace("on_fit_start", self._fit_start, place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
@@ -196,6 +201,19 @@ class Hooks:
             return original(*args)
         with self.together.hook(what, checkpoint=args[-1]):
             return original(*args)
+
+    def _fit_start(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """On rank 0: draw random numbers (layers that a callback adds) as if no data had been read yet."""
+        assert self._unread is not None
+        device = self.trainer.strategy.root_device
+        read = generators(device)
+        put_generators(self._unread, device)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            drawn = generators(device)
+            put_generators(after(drawn, self._unread, read), device)
+            self._unread = drawn
 
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On rank 0 run it, and give what it has logged and set to the others."""

@@ -15,9 +15,10 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.randomness import TorchRandom, drawn_from
 
-__all__ = ["KEY", "generators", "put_back", "put_generators", "random_states", "streams"]
+__all__ = ["KEY", "after", "generators", "put_back", "put_generators", "random_states", "streams"]
 
 KEY = "random_states"
+_MOST = 4096
 
 
 def streams(engine: Engine) -> dict[str, Any]:
@@ -50,6 +51,25 @@ def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), more))
     name, words, *numbers = state["numpy"]
     numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
+
+
+def after(first: Mapping[str, Any], start: Mapping[str, Any], end: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where generators are that draw what took others from ``start`` to ``end``, but from ``first`` on.
+
+    Only that of torch is looked at, and found for up to some thousand numbers; else this is ``end``.
+    """
+    if torch.equal(first["torch"], start["torch"]):
+        return end
+    here, there = torch.Generator(), torch.Generator()
+    here.set_state(start["torch"])
+    there.set_state(first["torch"])
+    word = torch.empty((), dtype=torch.int32)
+    for _ in range(_MOST):
+        if torch.equal(here.get_state(), end["torch"]):
+            return {**end, "torch": there.get_state()}
+        word.random_(generator=here)
+        word.random_(generator=there)
+    return end
 
 
 def random_states(mailbox: Mailbox, key: Any, here: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -241,3 +241,55 @@ def test_other_numbers_on_each_rank(runs: Runs) -> None:
     message = r"`on_train_epoch_end` of Apart runs 'inlet' on rank 0 with other numbers than on rank 1"
     with pytest.raises(WorkerError, match=message):
         runs.on(2, apart)
+
+
+class OnlineEvaluator(L.Callback):
+    """Trains a probe on features of the model after each batch, as callbacks of self-supervised learning do."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.probe = nn.Linear(64, 3)
+        self.optimizer = torch.optim.Adam(pl_module.probe.parameters(), lr=0.01)
+
+    def loss(self, pl_module: Any, batch: Any) -> Tensor:
+        _, view, y = batch
+        with torch.no_grad():
+            features = pl_module.net.head(pl_module.net.body(view))
+        return nn.functional.cross_entropy(pl_module.probe(features), y)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = self.loss(pl_module, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        pl_module.log("online", loss)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        pl_module.log("online_val", self.loss(pl_module, batch), on_epoch=True)
+        if trainer.is_global_zero:  # as those that write samples of a batch do
+            self.told.append(float(pl_module.net(batch[0][:2]).mean()))
+
+
+class Evaluated(Module):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.net(batch[0]).square().mean())
+
+
+def online(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(3)
+    module, callback = Evaluated(Convolutions()), OnlineEvaluator()
+    data = TensorDataset(torch.randn(32, 3, 12, 12), torch.randn(32, 3, 12, 12), torch.randint(3, (32,)))
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [callback]})
+    trainer.fit(module, DataLoader(data, 16, shuffle=True), DataLoader(data, 16))
+    return weights(module), metrics(trainer), callback.told
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_callback_runs_the_model_after_each_batch(runs: Runs, world: int) -> None:
+    """With parts of the batch that no other rank has been given."""
+    expected = runs.one(online)
+    for rank, found in enumerate(runs.on(world, online)):
+        same(expected[:2], found[:2], f"rank {rank}")
+        assert rank != 0 or found[2] == expected[2]
