@@ -139,8 +139,8 @@ def test_a_hook_that_computes_does_not() -> None:
 
 def test_expanded_tensors_in_attributes_are_left_as_they_are() -> None:
     """They cannot be written in place: augmentations keep such."""
-    model = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2))
     model.scale = torch.ones(1).expand(2)
     model.register_buffer("shift", torch.zeros(1).expand(2))
-    probe(model, lambda: model(torch.ones(2)) * model.scale + model.shift)
+    probe(model, lambda: model(torch.ones(1, 2)) * model.scale + model.shift)
     assert model.scale.stride() == (0,)
