@@ -384,7 +384,7 @@ class LWPMStrategy(StatefulStrategy):
     def plan_in_vain(self) -> PartitionPlan | None:
         module = self.lightning_module
         assert module is not None
-        before = Before(module)
+        before = Before(module, self.num_processes)
         try:
             with self.told("setup"):
                 self._plan(module.trainer, self._prepare(module.trainer))

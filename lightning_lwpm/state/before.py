@@ -1,6 +1,8 @@
 """What a model was before a checkpoint's weights came in, until it is known that the rest of the checkpoint fits."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +13,37 @@ from lightning_lwpm.staging.placement import named_tensors, swap
 
 __all__ = ["Before"]
 
+_ROOM = 0.25
+"""The part of the host's free memory that the copies of all its processes may take."""
+
 
 class Before:
     """The parameters and buffers of a model as they are now; lazy ones cost no memory.
 
     Args:
         module: The model.
+        processes: How many processes of this host do the same at once.
+
+    Attributes:
+        whole: Whether they are kept: there is room for them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, processes: int) -> None:
         self._tensors = dict(named_tensors(module))
-        self._restores = [restore for tensor in self._tensors.values() if (restore := _kept(tensor)) is not None]
+        made = [tensor for tensor in self._tensors.values() if not isinstance(tensor, Lazy)]
+        size = sum(tensor.nbytes for tensor in made if tensor.device.type == "cpu" and not is_placeholder(tensor))
+        self.whole = size * processes <= _ROOM * _free_bytes()
+        kept = self._tensors.values() if self.whole else ()
+        self._restores = [restore for tensor in kept if (restore := _kept(tensor)) is not None]
 
     def put_back(self, module: nn.Module) -> None:
-        """Let the model have the same tensors with the same values again.
+        """Let the model have the same tensors with the same values again, if they have been kept.
 
         Args:
             module: The model.
         """
+        if not self.whole:
+            return
         swap(module, lambda name, tensor: self._tensors.get(name, tensor))
         for restore in self._restores:
             restore()
@@ -56,3 +71,11 @@ def _kept(tensor: Tensor) -> Callable[[], None] | None:
             tensor.data = values
 
     return copy
+
+
+def _free_bytes() -> float:
+    """The memory that this host has free, as far as it is known."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
+    return float("inf")

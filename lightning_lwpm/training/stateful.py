@@ -226,7 +226,7 @@ class StatefulStrategy(OverlappingStrategy, ABC):
         check_names(module, checkpoint["state_dict"], strict, self._stage_holding)
         fill_layers(module)  # built on the meta device, it has no memory that weights can be copied to
         if self._engine is None and restoring(module.trainer) and module.trainer.state.fn == TrainerFn.FITTING:
-            self._before = Before(module), checkpoint
+            self._before = Before(module, self.num_processes), checkpoint
         super().load_model_state_dict(checkpoint, strict=strict)
 
     def check_optimizer_states(self) -> None:
@@ -250,7 +250,8 @@ class StatefulStrategy(OverlappingStrategy, ABC):
                 "['state_dict'])`, and `fit` without `ckpt_path`."
             )
         elif words := misfits(self.optimizers, checkpoint["optimizer_states"], self._place_of):
-            error = ConfigurationError(words)
+            loaded = "\nThe model has the checkpoint's weights: there was no room to keep its own meanwhile."
+            error = ConfigurationError(words + ("" if before.whole else loaded))
         errors = self.mailbox.gather(("optimizers", self.next_turn()), error, "all ranks to compare optimizers")
         first = next((error for error in errors if error is not None), None)
         if first is not None:
