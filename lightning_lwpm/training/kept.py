@@ -20,6 +20,8 @@ from lightning_lwpm.state.tree import Path
 __all__ = ["Kept"]
 
 _DEEP = 6
+_MANY = 1000
+"""What has more items, and no tensor as its first one, is data of the user's: to look through it takes long."""
 _LIGHTNINGS = frozenset(vars(LightningModule()))  # attributes of any LightningModule
 _NO_CONTAINERS = (Tensor, str, int, float, type, Trainer, LightningDataModule, Callback)
 
@@ -126,6 +128,8 @@ def _containers(
             yield (*path, name, "buffers"), part._buffers
         return
     items: Any = ()
+    if isinstance(value, MutableMapping | list | tuple) and len(value) > _MANY and not _holds_tensors(value):
+        return
     if isinstance(value, MutableMapping | list):
         yield path, value
         items = value.items() if isinstance(value, MutableMapping) else enumerate(value)
@@ -141,6 +145,11 @@ def _containers(
 def _items(container: Any) -> list[tuple[Any, Tensor]]:
     items = container.items() if isinstance(container, MutableMapping) else enumerate(container)
     return [(key, item) for key, item in items if isinstance(key, str | int) and _tensor(item)]
+
+
+def _holds_tensors(container: Any) -> bool:
+    items = container.values() if isinstance(container, MutableMapping) else container
+    return isinstance(next(iter(items), None), Tensor)
 
 
 def _tensor(value: Any) -> bool:
