@@ -20,6 +20,7 @@ __all__ = [
     "check_callbacks",
     "check_module",
     "check_optimizers",
+    "looks_at_gradients",
     "users",
     "warn_of_batch_norm",
     "warn_of_gradients",
@@ -96,13 +97,23 @@ def warn_of_gradients(places: Iterable[LightningModule | Callback]) -> None:
     """
     for place in places:
         for hook in BEFORE_STEPS:
-            code = getattr(getattr(type(place), hook, None), "__code__", None)
-            if code is not None and {"grad", "grad_norm"}.intersection(code.co_names):
+            if looks_at_gradients(place, hook):
                 rank_zero_warn(
                     f"`{hook}` of {type(place).__name__} looks at gradients: each rank has those of its own layers, so "
                     "a norm over all of them is not that of one device. `on_train_batch_end` of the module has all of "
                     "them, and clipping by the Trainer, or by `torch.nn.utils.clip_grad_norm_`, goes by all."
                 )
+
+
+def looks_at_gradients(place: LightningModule | Callback, hook: str) -> bool:
+    """Whether the code of a hook itself does.
+
+    Args:
+        place: The module or callback.
+        hook: The name of the hook.
+    """
+    code = getattr(getattr(type(place), hook, None), "__code__", None)
+    return code is not None and bool({"grad", "grad_norm"}.intersection(code.co_names))
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.training.alone import Alone
-from lightning_lwpm.training.checks import BEFORE_STEPS, users
+from lightning_lwpm.training.checks import BEFORE_STEPS, looks_at_gradients, users
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.kept import Kept
@@ -115,7 +115,8 @@ class Hooks:
                 has = hasattr(LightningModule if own else Callback, name)
                 if has and is_overridden(name, place) and not (own and name in (*_EPOCH_ENDS, *_BATCH_ENDS)):
                     what = f"`{name}` of {type(place).__name__}"
-                    run = self._saves if name == "on_save_checkpoint" else self._reads_all
+                    late = "_batch_" in name and not looks_at_gradients(place, name)
+                    run = self._saves if name == "on_save_checkpoint" else self._batch_hook if late else self._reads_all
                     self._replace(name, functools.partial(run, what), place)
             if self._unread is not None and is_overridden("on_fit_start", place):
                 self._replace("on_fit_start", self._fit_start, place)
@@ -193,6 +194,11 @@ class Hooks:
         if self.alone.active:  # in a hook that rank 0 runs alone, which reads all of them in its own way
             return original(*args, **kwargs)
         with self.together.hook(what, args):
+            return original(*args, **kwargs)
+
+    def _batch_hook(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same for a hook that comes with each batch, and seldom reads any."""
+        with self.together.hook(what, args, late=True):
             return original(*args, **kwargs)
 
     def _saves(self, what: str, original: Callable[..., Any], *args: Any) -> Any:

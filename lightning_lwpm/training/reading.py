@@ -32,7 +32,7 @@ from lightning_lwpm.training.gradients import GRAD
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.weights import Holders
 
-__all__ = ["ASKED", "Reading"]
+__all__ = ["ASKED", "Reading", "memory"]
 
 _SENT = 256
 """Results of up to so many numbers are sent to the ranks that lack them: norms, means, histograms."""
@@ -64,9 +64,9 @@ class Reading(TorchDispatchMode):
         self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
         for name, tensor in known.items():
             if len(owners := frozenset(holders(name.removesuffix(GRAD)))) < self.mailbox.world:
-                self._owners[_identity(tensor)] = owners
+                self._owners[memory(tensor)] = owners
                 self._origins[id(tensor)] = (name,)
-        self._lasting = frozenset(map(_identity, known.values()))
+        self._lasting = frozenset(map(memory, known.values()))
         self._views: set[int] = set()  # placeholders that stand for views of those
 
     @contextmanager
@@ -218,11 +218,11 @@ class Reading(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> frozenset[int]:
         """The ranks that hold it; none if all do."""
-        return self._owners.get(_identity(tensor), frozenset())
+        return self._owners.get(memory(tensor), frozenset())
 
     def _lasts(self, tensor: Tensor) -> bool:
         """Whether it is a weight or gradient, or a view of one."""
-        key = _identity(tensor)
+        key = memory(tensor)
         return key in self._lasting or key in self._views
 
     def _place(self, args: Any, kwargs: Any) -> tuple[frozenset[int], torch.device]:
@@ -231,7 +231,7 @@ class Reading(TorchDispatchMode):
         return self.of(tensor), torch.device(kwargs.get("device") or tensor.device)
 
     def _note(self, tensor: Tensor, owners: frozenset[int], *origin: Any) -> None:
-        key = _identity(tensor)
+        key = memory(tensor)
         if key in self._lasting:
             return
         self._owners[key] = owners
@@ -256,7 +256,8 @@ class Reading(TorchDispatchMode):
         self.known = {}
 
 
-def _identity(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
+    """What tells tensors with memory of their own apart; views of one are alike."""
     strided = tensor.layout is torch.strided and not is_placeholder(tensor)
     return tensor.untyped_storage()._cdata if strided else id(tensor)
 

@@ -5,7 +5,7 @@ Functions of gradients and weights: see :mod:`~lightning_lwpm.training.reading`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -26,6 +26,7 @@ from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.drawn import Drawn
 from lightning_lwpm.training.gradients import GRAD, lent
 from lightning_lwpm.training.kept import Kept
+from lightning_lwpm.training.late import Late
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.private import taking_norms
 from lightning_lwpm.training.reading import ASKED, Reading
@@ -61,27 +62,53 @@ class Together:
         self.mailbox, self.module, self.holders, self.units, self.feed = mailbox, module, holders, units, feed
         self.kept, self._drawn = kept, Drawn(feed.device)
         self._reading: Reading | None = None
+        self._late: Late | None = None
         self._turn = 0
         self._small: set[str] = set()
         self._held: dict[str, Tensor] = {}
         mailbox.handle(ASKED, self._give)
 
     @contextmanager
-    def hook(self, what: str, arguments: Any = (), checkpoint: Any = None) -> Iterator[None]:
+    def hook(self, what: str, arguments: Any = (), checkpoint: Any = None, late: bool = False) -> Iterator[None]:
         """Around a hook; the same on all ranks.
 
         Args:
             what: Names it, for people.
             arguments: What it is given, such as a batch, of which a rank may lack large parts.
             checkpoint: The one that it is given, which may have weights of other ranks in it.
+            late: Whether to begin only where a rank needs it: see :mod:`~lightning_lwpm.training.late`.
 
         Raises:
             ConfigurationError: if some things are read on one rank only and their values are there no more.
         """
-        if self._reading is not None:  # a checkpoint is saved in a hook
+        if self._reading is not None or self._late is not None:  # a checkpoint is saved in a hook
             yield
             return
         self._turn += 1
+        try:
+            with ExitStack() as stack:
+                begin = partial(self._begin, stack, what, arguments, checkpoint)
+                calls = Interception([(unit, self.module.get_submodule(unit.name)) for unit in self.units()])
+                if not late:
+                    reading, running = begin()
+                    calls.step = running
+                    with reading, calls.batch(), self._begun_by(lambda: (reading, running)):
+                        yield
+                else:
+                    self._late = calls.step = Late(self.mailbox, self._turn, what, self.module, begin)
+                    with self._late, calls.batch(), self._begun_by(self._late.together):
+                        yield
+                        if not self._late.needed():
+                            return
+                        reading, _ = self._late.together()
+                reading.lockstep.end()
+        finally:
+            if self._reading is not None:
+                self._reading.close()
+            self._reading, self._late, self._held = None, None, {}
+
+    def _begin(self, stack: ExitStack, what: str, arguments: Any, checkpoint: Any) -> tuple[Reading, Running]:
+        """Let functions read what is on any rank, for as long as a stack holds; all ranks have to come."""
         named = list(self.module.named_parameters())
         own = {name + GRAD: p.grad for name, p in named if p.grad is not None}
         self._held = {**dict(named_tensors(self.module)), **own}
@@ -94,27 +121,24 @@ class Together:
         kept, holders = self._kept([frozenset(paths) for _, _, paths, _ in there], checkpoint)
         self._held |= kept
         self._held.update((name, leaves[name]) for names in there for name in names[1])
-        with lent(self.module, set().union(*(names[0] for names in there))) as gradients:
-            known = {**self._held, **gradients}
-            lockstep = Lockstep(self.mailbox, self._turn, what)
-            reading = Reading(lockstep, known, _with_arguments(holders), self._small, self._drawn)
-            self._reading = reading
-            calls = Interception([(unit, self.module.get_submodule(unit.name)) for unit in self.units()])
-            calls.step = Running(reading, self.module, self.holders())
-            try:
-                with (
-                    self._drawn.alike(there[0][3], real),
-                    self.feed.read_aside(partial(_batches, reading)),
-                    taking_norms(get_total_norm),
-                    reading,
-                    placeholders_read(reading.values),
-                    calls.batch(),
-                ):
-                    yield
-                lockstep.end()
-            finally:
-                self._reading, self._held = None, {}
-                reading.close()
+        gradients = stack.enter_context(lent(self.module, set().union(*(names[0] for names in there))))
+        known = {**self._held, **gradients}
+        lockstep = Lockstep(self.mailbox, self._turn, what)
+        reading = Reading(lockstep, known, _with_arguments(holders), self._small, self._drawn)
+        self._reading = reading
+        running = Running(reading, self.module, self.holders())
+        stack.enter_context(self._drawn.alike(there[0][3], real))
+        stack.enter_context(taking_norms(get_total_norm))
+        return reading, running
+
+    @contextmanager
+    def _begun_by(self, together: Callable[[], tuple[Reading, Running]]) -> Iterator[None]:
+        """Let data be read and placeholders have values by what has begun, or begins then."""
+        with (
+            self.feed.read_aside(lambda read: _batches(together()[0], read)),
+            placeholders_read(lambda tensor: together()[0].values(tensor)),
+        ):
+            yield
 
     @contextmanager
     def aside(self, changes: bool = False) -> Iterator[None]:
@@ -123,12 +147,13 @@ class Together:
         Args:
             changes: Whether it changes gradients or weights.
         """
-        if self._reading is None:
-            yield
-            return
-        if changes:
-            self._reading.lockstep.begin_changes()
-        with self._reading.aside():
+        with ExitStack() as stack:
+            if self._late is not None:
+                stack.enter_context(self._late.aside())
+            if self._reading is not None:
+                if changes:
+                    self._reading.lockstep.begin_changes()
+                stack.enter_context(self._reading.aside())
             yield
 
     def _kept(self, lacking: Sequence[frozenset[Path]], checkpoint: Any) -> tuple[dict[str, Tensor], Holders]:
