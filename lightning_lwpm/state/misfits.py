@@ -33,6 +33,8 @@ def misfits(
     Returns:
         Every mismatch; empty if there is none.
     """
+    if not saved:  # as for no optimizer: there is nothing to load
+        return ""
     whole = isinstance(saved, list | tuple) and all(isinstance(state, Mapping) for state in saved)
     if not whole or any({"state", "param_groups"} - state.keys() for state in saved):
         return "what the checkpoint has as 'optimizer_states' are none: it is damaged, or not of Lightning"
