@@ -60,6 +60,9 @@ TWO = (
     "trainer/test_trainer.py",
 )
 
+SLURM = {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+"""What each job of SLURM has; tests that pretend to be one have not, and the strategy for a single CPU does not ask."""
+
 _in_two: dict[str, list[str]] = {}  # by test that has wanted `ddp_spawn`, what became of it
 
 
@@ -121,7 +124,7 @@ def main() -> int:
     paths = [path for path in wanted if not path.startswith("--")] or list(TWO if mode == "two" else PARTS)
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "LWPM_SUITE": mode, "LWPM_CACHE": "off"}
+    environment = {**os.environ, "PYTHONPATH": path, "LWPM_SUITE": mode, "LWPM_CACHE": "off", **SLURM}
     options = ["-p", Path(__file__).stem, "-p", "no:xdist", "-q", "--tb=short", "--show-capture=no", "--timeout=120"]
     ignored = [f"--ignore={name}" for name in NOT_APPLICABLE]
     if not mode:
