@@ -16,6 +16,7 @@ from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
+from lightning_lwpm.staging.modes import Modes
 from lightning_lwpm.staging.onward import EvaluatedStep
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.recompute import Recompute
@@ -70,6 +71,7 @@ class Executor:
         self.num_stages, self.interception, self.versions = num_stages, interception, versions
         self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
         self.random, self.layers, self.lender = random, layers, lender
+        self.modes = Modes(lender.root)
         self.step: StagedStep | None = None
         self.onward = ""
         self.at_last = False
@@ -151,7 +153,7 @@ class Executor:
             """The stage's part of the step; in its backward pass once more, if it is computed again."""
             before = self.step, self.at_last
             about = stage, last, self.interception, peers, self.device, self.layers
-            step = StagedStep(*about) if item.grad else EvaluatedStep(self.lender, *about)
+            step = StagedStep(*about) if item.grad else EvaluatedStep(self.lender, self.modes, *about)
             self.step, self.at_last = step, last
             steps.append(step)
             try:

@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.staging.beside import Attributes, Objects
 from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.modes import Modes
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.tree import duplicate, map_tensors, tensors
@@ -48,16 +49,22 @@ class EvaluatedStep(StagedStep):
 
     Args:
         lender: Brings weights of other ranks.
+        modes: Whether modules are in training mode.
         args: As for :class:`StagedStep`.
 
     Attributes:
         onward: What the last stage has used of an earlier one after its own layers; "" before.
     """
 
-    def __init__(self, lender: Lender, *args: Any) -> None:
+    def __init__(self, lender: Lender, modes: Modes, *args: Any) -> None:
         super().__init__(*args)
-        self.lender, self.onward = lender, ""
+        self.lender, self.modes, self.onward = lender, modes, ""
         self._kept: set[str] = set()  # layers of earlier stages that leave something on themselves
+
+    @override
+    def run(self, step: Callable[[], Any]) -> Any:
+        with self.modes.step(self.last):
+            return super().run(step)
 
     @override
     def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -221,6 +221,11 @@ class Hooks:
             put_generators(after(drawn, self._unread, read), device)
             self._unread = drawn
 
+    def draw_unread(self) -> None:
+        """On rank 0, in the sanity check: draw as if no training data had been read yet. Lightning puts it back."""
+        if self._unread is not None:
+            put_generators({**self._unread, "device": ()}, self.trainer.strategy.root_device)
+
     def _epoch_end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """On rank 0 run it, and give what it has logged and set to the others."""
         out = None
@@ -326,6 +331,10 @@ class _BeforeCallbacks(Callback):
 
     def __init__(self, hooks: Hooks) -> None:
         self.hooks = hooks
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.draw_unread()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

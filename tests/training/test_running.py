@@ -209,7 +209,7 @@ def wide(loader: Any) -> Any:
 def around_batches(kwargs: dict[str, Any], alone: bool) -> Any:
     L.seed_everything(3)
     module, callback = Wide(), AroundBatches(alone)
-    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [callback], "num_sanity_val_steps": 0})
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "callbacks": [callback]})
     trainer.fit(module, wide(train_loader(24)), wide(val_loader()))
     return weights(module), metrics(trainer), callback.told
 

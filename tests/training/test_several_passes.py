@@ -92,6 +92,50 @@ def test_what_layers_keep_for_themselves(runs: Runs) -> None:
         runs.on(2, keeping)
 
 
+class Doubting(Passes):
+    """Monte-Carlo dropout every other batch: layers are set to training after a pass, and put back or left so."""
+
+    def __init__(self, put_back: bool) -> None:
+        super().__init__()
+        self.put_back, self.dropout = put_back, nn.ModuleList(nn.Dropout(1.0) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inlet(x)
+        for block, dropout in zip(self.blocks, [*self.dropout, nn.Identity()], strict=True):
+            h = h + dropout(block(h))
+        return self.head(h)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            self.dropout[0].train()  # on every rank; what follows, on rank 0 only
+        loss = Classifier.validation_step(self, batch, batch_idx)
+        if batch_idx % 2 == 0:
+            self.dropout.train()
+            self.log("val/spread", torch.stack([self(batch[0]) for _ in range(2)]).norm())
+            if self.put_back:
+                self.eval()
+        return loss
+
+
+def doubting(kwargs: dict[str, Any], put_back: bool) -> Any:
+    L.seed_everything(5)
+    module = Doubting(put_back)
+    trainer = L.Trainer(**kwargs | {"max_epochs": 1})
+    trainer.fit(module, train_loader(20), val_loader(40))
+    return weights(module), metrics(trainer), trainer.validate(module, val_loader(40))
+
+
+def test_modes_are_changed_between_passes(runs: Runs) -> None:
+    """Dropout of all, so that the numbers do not depend on what is drawn."""
+    run = functools.partial(doubting, put_back=True)
+    expected = runs.on(0, run)[0]
+    for found in runs.on(3, run):
+        same(expected, found)
+    message = r"layer 'dropout.*earlier batch has left it: `train\(\)` was called.*Call `eval\(\)`"
+    with pytest.raises(WorkerError, match=message):
+        runs.on(2, functools.partial(doubting, put_back=False))
+
+
 class Generating(L.LightningModule):
     """Language models that generate in steps, as in the examples of transformers."""
 
