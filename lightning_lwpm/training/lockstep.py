@@ -43,6 +43,7 @@ class Lockstep:
         self._told: dict[int, deque[Any]] = {rank: deque() for rank in self.others}
         self._come = dict.fromkeys(self.others, -1.0)  # how far each rank is known to be
         self._changes = dict.fromkeys(self.others, 0)  # the changes that each had made by then
+        self._last: dict[int, Any] = {}  # what each has said at its end
 
     def tell(self, ranks: Iterable[int], value: Any) -> None:
         """Tell some ranks the next result; :meth:`advance` follows."""
@@ -68,13 +69,19 @@ class Lockstep:
             self.count += 1
             self.changing = True
 
-    def end(self) -> None:
+    def end(self, last: Any = None) -> list[Any]:
         """Wait until all ranks have ended.
+
+        Args:
+            last: What this rank has to say at its end.
+
+        Returns:
+            What the others say.
 
         Raises:
             ConfigurationError: if one of them has changed what another has not.
         """
-        self._all_reach(math.inf)
+        self._all_reach(math.inf, last)
         for rank, changes in self._changes.items():
             if changes != self.changes:
                 most = rank if changes > self.changes else self.mailbox.rank
@@ -83,10 +90,11 @@ class Lockstep:
                     "rank, so that the ranks would go on with different models. Let it change them on every rank, not "
                     "under `if trainer.is_global_zero`, or do it in `on_train_batch_end` of the module."
                 )
+        return list(self._last.values())
 
-    def _all_reach(self, at: float) -> None:
+    def _all_reach(self, at: float, *last: Any) -> None:
         self._at = at
-        self._mark()
+        self._mark(*last)
         for rank in self.others:
             while self._come[rank] < at:
                 self._receive(rank)
@@ -97,14 +105,16 @@ class Lockstep:
             self._mark()
         count, changes, *value = self.mailbox.take(*key, f"{self.what} on rank {rank}", source=rank)
         self._come[rank], self._changes[rank] = max(self._come[rank], count), changes
-        if value:
+        if count == math.inf:
+            (self._last[rank],) = value
+        elif value:
             self._told[rank].append((count, *value))
 
-    def _mark(self) -> None:
+    def _mark(self, *last: Any) -> None:
         """Tell all ranks how far this one is."""
         self._marked = self._at
         for rank in self.others:
-            self._post(rank, self._at)
+            self._post(rank, self._at, *last)
 
     def _post(self, rank: int, at: float, *value: Any) -> None:
         self.mailbox.post(rank, "together", (self.turn, self.mailbox.rank), (at, self.changes, *value))
