@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LambdaCallback
+from lightning.pytorch.callbacks import BatchSizeFinder, LambdaCallback, ModelPruning
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -72,6 +72,11 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
                 f"{type(callback).__name__} (or `Tuner.scale_batch_size`) tries batch sizes until memory runs out, and "
                 "a stage that has run out of memory ends the whole pipeline. Set the batch size yourself; with "
                 "`device_memory=` the strategy says before the first step what each stage needs and what would fit."
+            )
+        if isinstance(callback, ModelPruning):
+            raise ConfigurationError(
+                f"{type(callback).__name__} replaces weights by products with masks while the model is partitioned. "
+                "Prune it after `fit` (`torch.nn.utils.prune`), when it is whole on every process, or on one device."
             )
 
 

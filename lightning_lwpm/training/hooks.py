@@ -118,6 +118,9 @@ class Hooks:
                     late = "_batch_" in name and not looks_at_gradients(place, name)
                     run = self._saves if name == "on_save_checkpoint" else self._batch_hook if late else self._reads_all
                     self._replace(name, functools.partial(run, what), place)
+            for name in self._around_steps():
+                if is_overridden(name, place) and not (own and name in _BATCH_ENDS):
+                    self._replace(name, self._stops_alike, place)
             if self._unread is not None and is_overridden("on_fit_start", place):
                 self._replace("on_fit_start", self._fit_start, place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
@@ -139,6 +142,12 @@ class Hooks:
             yield from ("on_train_batch_start", "on_train_batch_end")
         if self.in_step:
             yield from BEFORE_STEPS
+
+    def _around_steps(self) -> Iterable[str]:
+        """Other hooks of training batches, to which each rank comes in its own time."""
+        if self.module.automatic_optimization:
+            names = ("on_before_zero_grad", "on_before_backward", "on_train_batch_start", "on_train_batch_end")
+            yield from names[:2] if self.in_step else (*names, *BEFORE_STEPS[:2])
 
     def show_example(self) -> None:
         """Give the module its ``example_input_array`` back."""
@@ -200,6 +209,14 @@ class Hooks:
         """The same for a hook that comes with each batch, and seldom reads any."""
         with self.together.hook(what, args, late=True):
             return original(*args, **kwargs)
+
+    def _stops_alike(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run it on every rank; where it ends the run on rank 0, all end it at this batch."""
+        out = original(*args, **kwargs)
+        self._turn += 1
+        stop = self.mailbox.broadcast(("stop", self._turn), self.trainer.should_stop, what="whether rank 0 stops")
+        self.trainer.should_stop = self.trainer.should_stop or stop
+        return out
 
     def _saves(self, what: str, original: Callable[..., Any], *args: Any) -> Any:
         """The same for a hook that is given a checkpoint."""

@@ -97,6 +97,37 @@ def test_decisions_of_hooks_reach_every_rank(runs: Runs) -> None:
         same({**expected, "rows": 0}, result)
 
 
+class Stopping(L.Callback):
+    """Ends the run on rank 0 alone, in any hook."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None: ...
+
+    def on_before_zero_grad(self, trainer: Any, *_: Any) -> None: ...
+
+    def on_validation_end(self, trainer: Any, *_: Any) -> None: ...
+
+
+def stopping(kwargs: dict[str, Any], hook: str = "on_train_batch_end") -> tuple[int, int]:
+    stop = Stopping()
+
+    def run(trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step >= 3:
+            trainer.should_stop = True
+
+    setattr(stop, hook, run)
+    trainer = L.Trainer(**kwargs | {"callbacks": [stop], "max_epochs": 3})
+    trainer.fit(Classifier(), train_loader(20), val_loader(8))
+    return trainer.global_step, trainer.current_epoch
+
+
+def test_one_rank_stops_the_run(runs: Runs) -> None:
+    for hook in ("on_train_batch_end", "on_before_zero_grad", "on_validation_end"):
+        run = functools.partial(stopping, hook=hook)
+        assert runs.on(2, run) == [runs.on(0, run)[0]] * 2
+    steps = runs.on(2, stopping, 2, schedule="async")
+    assert steps[0] == steps[1] and steps[0][0] < 9
+
+
 class PerLoader(Classifier):
     """Metrics of each validation loader, logged as objects and as values."""
 

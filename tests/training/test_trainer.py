@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     ModelSummary,
     OnExceptionCheckpoint,
     ThroughputMonitor,
@@ -261,6 +262,16 @@ def batch_size(kwargs: dict[str, Any]) -> None:
 def test_batch_size_finder_is_refused(runs: Runs) -> None:
     with pytest.raises(WorkerError, match=r"ConfigurationError.*BatchSizeFinder.*Set the batch size yourself"):
         runs.on(2, batch_size)
+
+
+def pruning(kwargs: dict[str, Any]) -> None:
+    trainer = L.Trainer(**kwargs | {"callbacks": [ModelPruning("l1_unstructured", amount=0.3)]})
+    trainer.fit(seeded(), train_loader(36))
+
+
+def test_pruning_is_refused(runs: Runs) -> None:
+    with pytest.raises(WorkerError, match=r"ConfigurationError.*ModelPruning.*Prune it after `fit`"):
+        runs.on(2, pruning)
 
 
 class Failing(Classifier):
