@@ -69,14 +69,14 @@ class Lockstep:
             self.count += 1
             self.changing = True
 
-    def end(self, last: Any = None) -> list[Any]:
+    def end(self, last: Any = None) -> dict[int, Any]:
         """Wait until all ranks have ended.
 
         Args:
             last: What this rank has to say at its end.
 
         Returns:
-            What the others say.
+            What each of the others says, by rank.
 
         Raises:
             ConfigurationError: if one of them has changed what another has not.
@@ -90,7 +90,7 @@ class Lockstep:
                     "rank, so that the ranks would go on with different models. Let it change them on every rank, not "
                     "under `if trainer.is_global_zero`, or do it in `on_train_batch_end` of the module."
                 )
-        return list(self._last.values())
+        return self._last
 
     def _all_reach(self, at: float, *last: Any) -> None:
         self._at = at

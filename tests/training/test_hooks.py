@@ -106,6 +106,10 @@ class Stopping(L.Callback):
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None: ...
 
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            trainer.fit_loop.max_epochs = 2
+
 
 def stopping(kwargs: dict[str, Any], hook: str = "on_train_batch_end") -> tuple[int, int]:
     stop = Stopping()
@@ -121,7 +125,7 @@ def stopping(kwargs: dict[str, Any], hook: str = "on_train_batch_end") -> tuple[
 
 
 def test_one_rank_stops_the_run(runs: Runs) -> None:
-    for hook in ("on_train_batch_end", "on_before_zero_grad", "on_validation_end"):
+    for hook in ("on_train_batch_end", "on_before_zero_grad", "on_validation_end", "on_fit_end"):
         run = functools.partial(stopping, hook=hook)
         assert runs.on(2, run) == [runs.on(0, run)[0]] * 2
     steps = runs.on(2, stopping, 2, schedule="async")
