@@ -40,6 +40,9 @@ class Late(TorchDispatchMode):
         what: Names this one, for people.
         module: The partitioned model.
         begin: Begins; all ranks have to come.
+
+    Attributes:
+        said: What each of the others says at its end, by rank, where none has begun.
     """
 
     inside = False
@@ -57,6 +60,7 @@ class Late(TorchDispatchMode):
         self.idle = False
         self._begin, self._begun = begin, False
         self._together: tuple[Reading, Running] | None = None
+        self.said: dict[int, Any] = {}
         self._weights: frozenset[int] | None = None  # where weights and gradients of this rank are
 
     @contextmanager
@@ -73,18 +77,23 @@ class Late(TorchDispatchMode):
         if self._together is None:
             if not self._begun:
                 self._begun = True
-                self.mailbox.post_all(_USED, (self.turn, self.mailbox.rank), True)
+                self.mailbox.post_all(_USED, (self.turn, self.mailbox.rank), (True, None))
             with self.aside():
                 self._together = self._begin()
         return self._together
 
-    def needed(self) -> bool:
-        """At the end of the hook: whether this rank or another one has begun; waits until all have, or have ended."""
+    def needed(self, last: Any = None) -> bool:
+        """At the end of the hook: whether this rank or another one has begun; waits until all have, or have ended.
+
+        Args:
+            last: What this rank has to say at its end, where none has begun.
+        """
         if not self._begun:
-            self.mailbox.post_all(_USED, (self.turn, self.mailbox.rank), False)
+            self.mailbox.post_all(_USED, (self.turn, self.mailbox.rank), (False, last))
         others = [rank for rank in range(self.mailbox.world) if rank != self.mailbox.rank]
         told = [self.mailbox.take(_USED, (self.turn, rank), f"{self.what} on rank {rank}", rank) for rank in others]
-        if not self._begun and any(told):
+        self.said = {rank: value for rank, (_, value) in zip(others, told, strict=True)}
+        if not self._begun and any(begun for begun, _ in told):
             self._begun = True
             self.together()
         return self._begun

@@ -4,7 +4,7 @@ Functions of gradients and weights: see :mod:`~lightning_lwpm.training.reading`.
 :mod:`~lightning_lwpm.training.running`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -98,10 +98,11 @@ class Together:
                     self._late = calls.step = Late(self.mailbox, self._turn, what, self.module, begin)
                     with self._late, calls.batch(), self._begun_by(self._late.together):
                         yield
-                        if not self._late.needed():
+                        if not self._late.needed(self._goal()):
+                            self._go_on(self._late.said)
                             return
                         reading, _ = self._late.together()
-                reading.lockstep.end()
+                self._go_on(reading.lockstep.end(self._goal()))
         finally:
             if self._reading is not None:
                 self._reading.close()
@@ -155,6 +156,17 @@ class Together:
                     self._reading.lockstep.begin_changes()
                 stack.enter_context(self._reading.aside())
             yield
+
+    def _goal(self) -> tuple[Any, ...]:
+        """When the run is to end, as this rank has it."""
+        trainer = self.module.trainer
+        return trainer.should_stop, trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps
+
+    def _go_on(self, goals: Mapping[int, tuple[Any, ...]]) -> None:
+        """All ranks have run the hook: they end where one of them stops, or where rank 0 has set that they do."""
+        trainer = self.module.trainer
+        trainer.should_stop = trainer.should_stop or any(goal[0] for goal in goals.values())
+        _, trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = goals.get(0, self._goal())
 
     def _kept(self, lacking: Sequence[frozenset[Path]], checkpoint: Any) -> tuple[dict[str, Tensor], Holders]:
         """What is kept beside the model and not whole on every rank, by name, and who holds what, weights included."""

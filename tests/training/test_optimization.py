@@ -132,6 +132,28 @@ class Optimized(Classifier):
         return self.make(self)
 
 
+class Scheduled(Classifier):
+    """Several schedulers, of which one moves momenta too; batches that are left out; metrics that are gathered."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 1 and batch[1].sum() > 8 else None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().validation_step(batch, batch_idx)
+        self.log("gathered", self.all_gather(loss).mean())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.inlet.parameters()}, {"params": [*self.blocks.parameters(), *self.head.parameters()]}]
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+        schedulers = torch.optim.lr_scheduler
+        cycle = schedulers.OneCycleLR(optimizer, [0.1, 0.2], int(self.trainer.estimated_stepping_batches))
+        warm = schedulers.SequentialLR(
+            optimizer, [schedulers.LinearLR(optimizer), schedulers.ExponentialLR(optimizer, 0.5)], [1]
+        )
+        return [optimizer], [{"scheduler": cycle, "interval": "step"}, {"scheduler": warm, "interval": "epoch"}]
+
+
 class ByNorm(torch.optim.SGD):
     """Looks at all gradients at once, in the manner of LAMB."""
 
@@ -184,6 +206,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "closure twice": (Twice, {}),
     "clipping by hand": (Clipping, {}),
     "unfreezing": (Frozen, {"callbacks": [Unfreezing()]}),
+    "schedulers": (Scheduled, {}),
     "backbone": (Frozen, {"callbacks": [BackboneFinetuning(1, verbose=False)]}),
     **{name: (functools.partial(Optimized, make), {"max_epochs": 2}) for name, make in MADE.items()},
 }
