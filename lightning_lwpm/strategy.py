@@ -40,6 +40,7 @@ from lightning_lwpm.training.checks import (
     warn_of_batch_norm,
     warn_of_gradients,
 )
+from lightning_lwpm.training.collectives import data_axis
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import log_graphs
 from lightning_lwpm.training.hooks import Hooks
@@ -477,7 +478,7 @@ class LWPMStrategy(StatefulStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._norms():
+        with self._norms(), data_axis():
             out = self.steps.train(*args, **kwargs)
         if self._reviewer is not None:
             self._reviewer.batch_done()
@@ -531,14 +532,17 @@ class LWPMStrategy(StatefulStrategy):
             super()._clip_by_norm(optimizer, clip_val)
 
     @override
+    @data_axis()
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("validation_step", self.precision_plugin.val_step_context, *args, **kwargs)
 
     @override
+    @data_axis()
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("test_step", self.precision_plugin.test_step_context, *args, **kwargs)
 
     @override
+    @data_axis()
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
 

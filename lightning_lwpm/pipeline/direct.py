@@ -23,7 +23,10 @@ from typing_extensions import override
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import LAST_MESSAGES_SECONDS, Receive, Transport
 
-__all__ = ["Direct"]
+__all__ = ["OWN_GROUPS", "Direct"]
+
+OWN_GROUPS = "lwpm"
+"""What the library's process groups are described by."""
 
 
 class Direct(Transport):
@@ -49,7 +52,7 @@ class Direct(Transport):
     ) -> None:
         super().__init__(mailbox)
         self.device = device
-        self._groups = [dist.new_group(backend=backend, timeout=timeout) for _ in ("down", "up")]
+        self._groups = [dist.new_group(backend=backend, timeout=timeout, group_desc=OWN_GROUPS) for _ in ("down", "up")]
         self._sends: deque[tuple[Any, Tensor]] = deque()  # under way
         mailbox.at_failure(self._abort)
         self._warm_up()

@@ -27,6 +27,7 @@ from lightning_lwpm.staging.functions import written
 from lightning_lwpm.staging.placeholder import Placeholder, placeholders_read
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import map_tensors
+from lightning_lwpm.training.collectives import data_axis
 from lightning_lwpm.training.gradients import GRAD, lent
 from lightning_lwpm.training.weights import Holders
 
@@ -90,7 +91,7 @@ class Alone:
         self.active = True
         names = {id(tensor): name for name, tensor in [*named_tensors(self.module), *gradients.items()]}
         try:
-            with _Reaching(names, fetch) as reaching, placeholders_read(reaching.values):
+            with data_axis(), _Reaching(names, fetch) as reaching, placeholders_read(reaching.values):
                 yield reaching
         finally:
             self.active = False

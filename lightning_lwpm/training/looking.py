@@ -22,6 +22,7 @@ from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.partition.undo import generators_kept, undone
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.lazy import is_lazy
+from lightning_lwpm.training.collectives import data_axis
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.metrics import metrics_of
 from lightning_lwpm.training.private import first_loaders, said_to_be_on, set_up_training_data
@@ -111,6 +112,7 @@ class Onlooker:
                 torch.set_grad_enabled(train),
                 self.context(),
                 self._unoptimized(),
+                data_axis(),
             ):
                 pulls = self.feed.loop.pulls()
                 seen = self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))

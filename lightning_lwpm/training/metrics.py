@@ -85,13 +85,11 @@ _sync = Metric.sync
 _pipelines: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
 
 
-def never_synchronise() -> None:
-    """Metrics do not synchronise over the process group that is there now: all of their state is on one rank.
+def never_synchronise(group: dist.ProcessGroup) -> None:
+    """Metrics do not synchronise while this process group is the default: all of their state is on one rank.
 
     This holds for every metric object, also those in lists and callbacks, those that are made later, and after the run.
     """
-    group = dist.group.WORLD
-    assert group is not None
     _pipelines.add(group)
     Metric.sync = _sync_elsewhere  # type: ignore[method-assign]
 

@@ -1,14 +1,16 @@
-"""Every private name of Lightning that the library touches, in one place, each with its reason; two of torch's too.
+"""Every private name of Lightning that the library touches, in one place, each with its reason; three of torch's too.
 
 `tests/training/test_private_names.py` fails with the name where a new version of Lightning lacks one of them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch.trainer.trainer
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -36,6 +38,7 @@ __all__ = [
     "adopt_epoch",
     "after_closure",
     "after_unscaling",
+    "before_collectives",
     "before_transfer",
     "count_as_one_device",
     "end_on_sigterm",
@@ -217,6 +220,28 @@ def taking_norms(total_norm: Callable[..., Tensor]) -> Iterator[None]:
         yield
     finally:
         module._get_total_norm = before
+
+
+@contextmanager
+def before_collectives(check: Callable[[str, dist.ProcessGroup], None]) -> Iterator[None]:
+    """Call ``check`` with each process group that a function of ``torch.distributed`` is given, and with its name.
+
+    All of them ask first whether this rank belongs to it.
+    """
+    module = dist.distributed_c10d
+    before = module._rank_not_in_group
+
+    def checked(group: dist.ProcessGroup | None) -> bool:
+        apart = before(group)
+        if group is not None and not apart:
+            check(sys._getframe(1).f_code.co_name, group)
+        return apart
+
+    module._rank_not_in_group = checked
+    try:
+        yield
+    finally:
+        module._rank_not_in_group = before
 
 
 def first_loaders(loop: Any) -> Any:

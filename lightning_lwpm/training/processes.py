@@ -18,8 +18,8 @@ from typing_extensions import override
 from lightning_lwpm.pipeline.carrier import connect
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
+from lightning_lwpm.training.collectives import separate
 from lightning_lwpm.training.launchers import ProcessLauncher, ScriptLauncher
-from lightning_lwpm.training.metrics import never_synchronise
 from lightning_lwpm.training.private import init_connection
 from lightning_lwpm.training.termination import OrderlyInterrupt
 
@@ -98,7 +98,7 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         self.set_world_ranks()
         assert self.cluster_environment is not None
         init_connection(self.cluster_environment, "gloo", timeout=self.timeout)
-        never_synchronise()
+        separate()
         self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
         self.transport = connect(self._mailbox, self.root_device, self.process_group_backend, self.timeout)
         # not `atexit`, which processes started by `multiprocessing` leave out: their end would look like a death

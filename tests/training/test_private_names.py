@@ -66,6 +66,7 @@ NAMES = [
     (torch.amp.GradScaler, "_unscale_grads_"),
     (torch.amp.GradScaler("cpu"), "_per_optimizer_states"),
     (torch.nn.utils.clip_grad, "_get_total_norm"),
+    (torch.distributed.distributed_c10d, "_rank_not_in_group"),
     (ThroughputMonitor(len), "_throughputs"),
     (ModelCheckpoint(every_n_train_steps=5), "_every_n_train_steps"),
     (TRAINER.validate_loop, "_logged_outputs"),
