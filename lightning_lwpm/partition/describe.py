@@ -168,6 +168,10 @@ def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int,
                 call.functions > region.functions or (position and layers.starts[position - 1] > region.start)
             ):
                 allowed[position] = False
+    for whole in recorder.wholes:  # a function, layers in it included, belongs to the layer before
+        for position, call in enumerate(layers.calls):
+            if whole.start < call.start <= whole.end:
+                allowed[position] = False
     return tuple(allowed)
 
 

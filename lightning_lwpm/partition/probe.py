@@ -77,7 +77,8 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             saving = saved_tensors_hooks(recorder.save, _same)
-            with AsWritten(), never_reentrant(), counter, recorder, recorder.watching_checkpoints(), saving:
+            watched = recorder.watching_checkpoints(), recorder.watching_functions()
+            with AsWritten(), never_reentrant(), counter, recorder, watched[0], watched[1], saving:
                 step()
         finally:
             for handle in handles:

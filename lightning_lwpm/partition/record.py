@@ -1,5 +1,7 @@
 """What happens in one run of a step: calls of modules, uses of tensors, work done; time is a counter of events."""
 
+import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,10 @@ from lightning_lwpm.staging.tree import flatten, tensors
 __all__ = ["Call", "Counter", "Operation", "Recorder", "Region", "storage"]
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_GET_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+
+# With manual optimization they come before or after all layers, and look only whether there is a gradient to forget.
+_ZERO_GRAD = {inspect.unwrap(kind.zero_grad).__code__ for kind in (torch.optim.Optimizer, torch.nn.Module)}
 
 
 @dataclass
@@ -77,6 +83,7 @@ class Recorder(TorchFunctionMode):
         self.all_functions = 0  # also those of constants
         self.calls: list[Call] = []
         self.regions: list[Region] = []
+        self.wholes: list[Region] = []
         self.used: dict[str, list[int]] = defaultdict(list)
         self.born: dict[int, tuple[int, int]] = {}  # storage -> (time, bytes)
         self.reads: dict[int, list[int]] = defaultdict(list)  # storage -> times of its uses, ascending
@@ -139,7 +146,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_metadata(func):
+        if is_metadata(func) or (func == _GET_GRAD and sys._getframe(1).f_code in _ZERO_GRAD):
             return func(*args, **kwargs)
         self.all_functions += 1
         depends = self.touch((args, kwargs))
@@ -176,6 +183,25 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             hooks.__enter__, hooks.__exit__ = enter, leave  # type: ignore[method-assign]
+
+    @contextmanager
+    def watching_functions(self) -> Iterator[None]:
+        """Note where a user's ``autograd.Function`` is at work, which may call layers: to a step it is one function."""
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def through(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            whole = Region(self.clock, self.functions)
+            self.wholes.append(whole)
+            try:
+                return apply.__get__(None, cls)(*args, **kwargs)
+            finally:
+                whole.end = self.clock
+
+        torch.autograd.Function.apply = classmethod(through)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 class Counter(TorchDispatchMode):

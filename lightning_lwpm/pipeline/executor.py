@@ -121,7 +121,8 @@ class Executor:
                         self.deferral.weights((stage, number))
                     else:
                         part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
-                        with self.versions.of(stage), part:
+                        again = self.layers.recomputing() if self.layers is not None else nullcontext()
+                        with self.versions.of(stage), part, again:
                             self._backward(stage, number, item, outputs, backward)
                 if item.grad:
                     self.times.add(action, began, time.perf_counter(), self.mailbox.waited - waited)

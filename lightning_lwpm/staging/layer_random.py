@@ -32,13 +32,17 @@ class LayerRandom:
         root: The model.
         apart: Modules within it that are no part of it, such as metrics.
         device: Where this rank computes.
+
+    Attributes:
+        called: Whether a layer has been called lately.
     """
 
     def __init__(self, root: nn.Module, apart: Iterable[nn.Module], device: torch.device) -> None:
         self._generators = drawn_from(device)
+        self.called = False
         apart = set(apart)
         named = root.named_modules()
-        self._layers = {layer: _Seeded(n, layer, self._generators) for n, layer in named if layer not in apart}
+        self._layers = {layer: _Seeded(n, layer, self, self._generators) for n, layer in named if layer not in apart}
 
     def batch(self) -> AbstractContextManager[None]:
         """The time of a batch, in which layers draw random numbers of their own."""
@@ -57,6 +61,21 @@ class LayerRandom:
             for generator, state in zip(self._generators, before, strict=True):
                 generator.set_state(state)
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The time of a backward pass: layers computed again leave the generators as they were, whoever calls them.
+
+        On one device such layers draw nothing, so what is drawn later (the order of the data) must not depend on them.
+        """
+        before = [generator.get_state() for generator in self._generators]
+        self.called = False
+        try:
+            yield
+        finally:
+            if self.called:
+                for generator, state in zip(self._generators, before, strict=True):
+                    generator.set_state(state)
+
     def pass_over(self, layer: nn.Module) -> None:
         """Go on as if a layer had been called, which belongs to another stage."""
         _seed(self._generators, torch.default_generator.initial_seed(), self._layers[layer].end)
@@ -65,13 +84,14 @@ class LayerRandom:
 class _Seeded:
     """Stands in for a layer's ``forward``: always the same object, or a compiler would begin anew each time."""
 
-    def __init__(self, name: str, layer: nn.Module, generators: list[torch.Generator]) -> None:
-        self.forward, self.generators = layer.forward, generators
+    def __init__(self, name: str, layer: nn.Module, random: LayerRandom, generators: list[torch.Generator]) -> None:
+        self.forward, self.random, self.generators = layer.forward, random, generators
         self.begin, self.end = f"begin {name}".encode(), f"end {name}".encode()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # within a compiled layer numbers are drawn in the order of its code
             return self.forward(*args, **kwargs)
+        self.random.called = True
         before = torch.default_generator.initial_seed()
         _seed(self.generators, before, self.begin)
         out = self.forward(*args, **kwargs)

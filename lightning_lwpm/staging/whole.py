@@ -229,6 +229,8 @@ class WholeStep(StagedStep):
                 value = remote.replay()
             else:
                 value = self.peers.value(remote)
+            if remote.requires_grad and not value.requires_grad and torch.is_grad_enabled():
+                value = value.detach().requires_grad_()  # the user has asked for its gradient since it was made
         self._fetched[id(value)] = value
         return value
 

@@ -9,7 +9,7 @@ from cases import classify, pairs
 from compare import compare
 from harness import train_pipelined, train_single
 from models import WIDTH, block
-from pool import Pool
+from pool import Pool, WorkerError
 from test_transformers import LLAMA, NO_DROPOUT, TEXT, gpt2, tokens
 from test_transformers import build as transformer
 from test_transformers import step as run
@@ -77,6 +77,33 @@ class Lists(nn.Module):
         return self.head(checkpoint_sequential(self.body, 3, self.inlet(x), use_reentrant=self.use_reentrant))
 
 
+class Again(torch.autograd.Function):
+    """A checkpoint of a project's own, as diffusion models have it: it calls layers in a function of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor, *weights: Tensor) -> Any:
+        ctx.function, ctx.x, ctx.weights = function, x, weights
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.function(x.view_as(x))
+        return None, *torch.autograd.grad(out, [x, *ctx.weights], gradient, allow_unused=True)
+
+
+class OwnFunction(Around):
+    """Applies it to two layers at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](self.inlet(x))
+        weights = [*self.blocks[1].parameters(), *self.blocks[2].parameters()]
+        x = Again.apply(partial(self.pair, i=1), x, *weights)
+        return self.head(self.blocks[3](x))
+
+
 class FromTheStart(nn.Module):
     """Reentrant checkpoints of an input without a gradient: torch gives their layers none (and warns)."""
 
@@ -102,6 +129,27 @@ def test_equals_one_device(pool: Pool, model: type[nn.Module], use_reentrant: bo
 def test_inputs_without_a_gradient(pool: Pool) -> None:
     expected = train_single(FromTheStart, classify, pairs(), 2)
     compare(expected, pool.run(2, train_pipelined, FromTheStart, classify, pairs(), 2))
+
+
+def test_a_function_that_calls_layers(pool: Pool) -> None:
+    """A stage began within it, where no step sees the layers: their weights were missed."""
+    build: Any = partial(OwnFunction, True)
+    expected = train_single(build, classify, pairs(), 2)
+    compare(expected, pool.run(3, train_pipelined, build, classify, pairs(), 2))
+    with pytest.raises(WorkerError, match=r"no stage can begin at 'blocks\.2'"):
+        pool.run(2, partial(train_pipelined, partition=["blocks.2"]), build, classify, pairs(), 2)
+
+
+def drawn_next(rank: int, world: int, *args: Any) -> Tensor:
+    """What torch's generator gives after training in which numbers depend on layers."""
+    train_pipelined(rank, world, *args, layers_draw=True)
+    return torch.rand(2)
+
+
+def test_layers_computed_again_draw_nothing(pool: Pool) -> None:
+    """The order of the next epoch's data depended on how many such layers rank 0 had."""
+    args = partial(OwnFunction, True), classify, pairs(), 2
+    assert torch.equal(pool.run(1, drawn_next, *args)[0], pool.run(2, drawn_next, *args)[0])
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zb1p"])
