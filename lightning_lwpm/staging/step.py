@@ -277,8 +277,9 @@ class StagedStep(TorchFunctionMode):
                 if replay is not None:
                     return replay()  # a local tensor is written: it needs the values
                 source = Remote(meta, self.device, Name(*key, -1 - i), self.at, self)
-                with torch.no_grad():
-                    changed.copy_(source.materialise())
+                values = source.materialise()
+                with torch.set_grad_enabled(meta.requires_grad and torch.is_grad_enabled()):
+                    changed.copy_(values)  # joins it to the graph, as the layer has done
                 continue
             if changed.base is None:
                 changed.label, changed.stage, changed.local = Name(*key, -1 - i), self.at, None

@@ -270,6 +270,34 @@ class InPlaceLate(nn.Module):
         return self.head(total + x)
 
 
+class Accumulate(nn.Module):
+    """Adds to a tensor that it is given, as flows add up their determinants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, z: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.net(z).tanh()
+        total += h.sum(1)
+        return z + h, total
+
+
+class InPlaceConstant(nn.Module):
+    """Layers of several stages change a tensor that every rank makes itself, which gets a gradient by that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flows = nn.ModuleList(Accumulate() for _ in range(5))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, total = x, torch.zeros(len(x), device=x.device)
+        for flow in self.flows:
+            z, total = flow(z, total)
+        return self.head(z) + total[:, None] * torch.arange(4, device=x.device)
+
+
 class InPlaceInput(nn.Module):
     """Units change what they are given; the caller goes on with the changed tensor."""
 
