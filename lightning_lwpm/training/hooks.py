@@ -18,7 +18,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,6 +37,7 @@ from lightning_lwpm.training.kept import Kept
 from lightning_lwpm.training.logs import sendable
 from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
 from lightning_lwpm.training.random_state import after, generators, put_generators
+from lightning_lwpm.training.replaced import Replaced
 from lightning_lwpm.training.settings import Settings
 from lightning_lwpm.training.tickets import has_tickets
 from lightning_lwpm.training.together import Together
@@ -98,7 +98,7 @@ class Hooks:
         self._before_callbacks = _BeforeCallbacks(self)
         self._example: Example | None = None
         self._turn = 0
-        self._replaced: list[_Replaced] = []
+        self._replaced: list[Replaced] = []
         self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
     def install(self) -> None:
@@ -194,7 +194,7 @@ class Hooks:
     def _replace(self, name: str, run: Callable[..., Any], place: LightningModule | Callback | None = None) -> None:
         place = self.module if place is None else place
         original = getattr(place, name)
-        replaced = _Replaced(place, name, run, original)
+        replaced = Replaced(place, name, run, original)
         place.__dict__[name] = functools.update_wrapper(replaced, original)
         self._replaced.append(replaced)
 
@@ -312,35 +312,6 @@ class Hooks:
 def _by_itself(read: Iterator[Any] | None) -> Iterator[Any]:
     """Rank 0 alone reads data."""
     return read or iter(())
-
-
-class _Replaced:
-    """Stands in for a hook of a module or callback. A copy of that gets its own hook back."""
-
-    __wrapped__: Any  # Lightning looks through it to see whether the user has overridden the hook
-
-    def __init__(self, place: LightningModule | Callback, name: str, run: Callable[..., Any], original: Any) -> None:
-        self.place, self.name, self.run, self.original = place, name, run, original
-        self.own = name in vars(place)
-
-    def undo(self) -> None:
-        """Put the hook back."""
-        attributes = vars(self.place)
-        if attributes.get(self.name) is self:
-            del attributes[self.name]
-            attributes.update({self.name: self.original} if self.own else {})
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.original, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = memo.get(id(self.place))
-        if owner is None or not isinstance(self.original, MethodType):
-            return self.original
-        return MethodType(self.original.__func__, owner)
-
-    def __reduce__(self) -> Any:
-        return getattr, (self.place, self.name)
 
 
 class _BeforeCallbacks(Callback):

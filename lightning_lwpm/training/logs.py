@@ -130,12 +130,16 @@ def _reduce(values: list[Any], weights: list[float], reduce_fx: Any) -> Any:
 
 
 def sendable(entries: list[Entry]) -> list[Entry]:
-    """Entries for other ranks: for a metric object its value in this step; the end of the epoch puts it right."""
-    return [(name, _value(value), {**options, "metric_attribute": None}) for name, value, options in entries]
+    """Entries for other ranks: for a metric object its value in this step; the end of the epoch puts it right.
+
+    One that was only updated has none, and is not logged before then on one device either.
+    """
+    told = [(name, _value(value), {**options, "metric_attribute": None}) for name, value, options in entries]
+    return [entry for entry in told if entry[1] is not None]
 
 
 def _value(value: Any) -> Any:
     if not isinstance(value, Metric):
         return value
     step = value._forward_cache  # what Lightning itself logs for the step
-    return step.detach() if isinstance(step, Tensor) and step.numel() == 1 else torch.tensor(0.0)
+    return step.detach() if isinstance(step, Tensor) and step.numel() == 1 else None

@@ -157,6 +157,7 @@ class Measuring(Classifier):
         self.log("mean", self.mean, on_step=False, on_epoch=True, prog_bar=True)
         self.log("auroc", self.auroc, on_step=False, on_epoch=True)
         self.log("acc", self.listed[1], on_step=True, on_epoch=True)
+        self.log("updated", self.total)  # it has no value in a step
         self.log_dict(self.collection(out, y), on_step=True, on_epoch=False)
         return loss
 
