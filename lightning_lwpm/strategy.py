@@ -108,7 +108,8 @@ class LWPMStrategy(StatefulStrategy):
         process_group_backend: How tensors travel between accelerators: ``"nccl"``, straight; ``"gloo"``, through host
             memory, also where several processes share a device. By default the former where it can be used.
         timeout: Of the process group.
-        start_method: How processes are started: ``"popen"``, ``"spawn"`` or ``"fork"``.
+        start_method: How processes are started: ``"popen"`` (in a notebook ``"fork"`` in its place), ``"spawn"`` or
+            ``"fork"``.
         patience: A wait longer than this many seconds is explained on standard error; 0 for never.
         timeline: A file to which rank 0 writes what ran when in three early batches, planned beside measured: a picture
             (``"timeline.svg"``, ``".png"``) or a trace for Perfetto (``"trace.json"``).

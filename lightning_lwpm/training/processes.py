@@ -1,5 +1,6 @@
 """The processes of a run: how they start, meet, agree, and hear of each other's failures."""
 
+import sys
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ class ProcessesStrategy(ParallelStrategy, ABC):
     """The part of the strategy that knows nothing of models.
 
     Attributes:
-        start_method: How processes are started: by running the script again ("popen"), or by ``multiprocessing``.
+        start_method: How processes are started: by running the script again ("popen"; in a notebook "fork" in its
+            place), or by ``multiprocessing``.
         timeout: Of the process groups.
         process_group_backend: How tensors travel between accelerators: "nccl", "gloo", or what can be used.
         patience: A wait longer than this many seconds is explained on standard error.
@@ -73,8 +75,10 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         assert self.cluster_environment is not None
         if self.num_processes * self.num_nodes == 1:
             return
-        if self.start_method != "popen":
-            self._launcher = ProcessLauncher(self, start_method=self.start_method)
+        interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)  # a notebook: there is no script to run again
+        method = "fork" if interactive and self.start_method == "popen" else self.start_method
+        if method != "popen":
+            self._launcher = ProcessLauncher(self, start_method=method)
         else:  # also where processes are there already: it tells all of them when one fails
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 

@@ -35,15 +35,19 @@ def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("strategy", ["lwpm", "lwpm_spawn", "lwpm_fork"])
-def test_start_methods(tmp_path: Path, results: dict[str, str], strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("lwpm", []), ("lwpm_spawn", []), ("lwpm_fork", []), pytest.param("lwpm", ["-i"], id="as in a notebook")],
+)
+def test_start_methods(tmp_path: Path, results: dict[str, str], strategy: str, options: list[str]) -> None:
     script = tmp_path / "script.py"
     tests = str(Path(__file__).parents[1])
     script.write_text(textwrap.dedent(SCRIPT).format(tests=tests, strategy=strategy))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *options, script]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "died" not in done.stderr
     lines = {line for line in done.stdout.splitlines() if line.startswith("RESULT")}
     assert len(lines) == 1, done.stdout  # of both processes, where both run the script
-    results[strategy] = lines.pop()
+    results[strategy + str(options)] = lines.pop()
     assert len(set(results.values())) == 1
