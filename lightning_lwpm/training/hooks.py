@@ -49,7 +49,7 @@ _STAGES = ("train", "validation", "test", "predict")
 _EPOCH_ENDS = tuple(f"on_{stage}_epoch_end" for stage in _STAGES)
 _BATCH_ENDS = tuple(f"on_{stage}_batch_end" for stage in _STAGES)
 _AT_REST = (
-    *("on_sanity_check_start", "on_sanity_check_end"),
+    *("on_fit_start", "on_fit_end", "on_sanity_check_start", "on_sanity_check_end"),
     *(f"on_{stage}_{when}" for stage in _STAGES for when in ("start", "epoch_start", "epoch_end", "end")),
 )
 # Lightning sees a process group and cannot know that all ranks hold the same values.
@@ -99,6 +99,7 @@ class Hooks:
         self._example: Example | None = None
         self._turn = 0
         self._replaced: list[Replaced] = []
+        self._own_way = {"on_fit_start": self._fit_start, "on_save_checkpoint": self._saves}
         self._heeded = False  # whether all ranks wait for the module's hook after a batch of this evaluation
 
     def install(self) -> None:
@@ -116,13 +117,11 @@ class Hooks:
                 if has and is_overridden(name, place) and not (own and name in (*_EPOCH_ENDS, *_BATCH_ENDS)):
                     what = f"`{name}` of {type(place).__name__}"
                     late = "_batch_" in name and not looks_at_gradients(place, name)
-                    run = self._saves if name == "on_save_checkpoint" else self._batch_hook if late else self._reads_all
+                    run = self._own_way.get(name, self._batch_hook if late else self._reads_all)
                     self._replace(name, functools.partial(run, what), place)
             for name in self._around_steps():
                 if is_overridden(name, place) and not (own and name in _BATCH_ENDS):
                     self._replace(name, self._stops_alike, place)
-            if self._unread is not None and is_overridden("on_fit_start", place):
-                self._replace("on_fit_start", self._fit_start, place)
         self._replace(BEFORE_TRANSFER, self._before_transfer)
         self._example = Example(self.trainer, self.module)
         self.trainer.callbacks.insert(0, self._before_callbacks)  # type: ignore[attr-defined]
@@ -225,14 +224,15 @@ class Hooks:
         with self.together.hook(what, checkpoint=args[-1]):
             return original(*args)
 
-    def _fit_start(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """On rank 0: draw random numbers (layers that a callback adds) as if no data had been read yet."""
-        assert self._unread is not None
+    def _fit_start(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The same; random numbers (layers that a callback adds) are drawn as if rank 0 had read no data yet."""
+        if self._unread is None:
+            return self._reads_all(what, original, *args, **kwargs)
         device = self.trainer.strategy.root_device
         read = generators(device)
         put_generators(self._unread, device)
         try:
-            return original(*args, **kwargs)
+            return self._reads_all(what, original, *args, **kwargs)
         finally:
             drawn = generators(device)
             put_generators(after(drawn, self._unread, read), device)

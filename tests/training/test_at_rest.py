@@ -34,6 +34,9 @@ class Everywhere(L.Callback):
         pl_module.train(training)
         self.told += [out, nn.utils.parameters_to_vector(pl_module.parameters())]
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.look(pl_module)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.shadow = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
         self.look(pl_module)
@@ -58,6 +61,9 @@ class Everywhere(L.Callback):
         saved = torch.load(path, weights_only=False)["state_dict"]
         for name, tensor in pl_module.state_dict().items():
             self.told.append((name, (tensor - saved[name]).abs().max().item()))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.look(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.look(pl_module)
