@@ -1,72 +1,49 @@
 """The strategy that Lightning sees: layer-wise model parallelism over the devices of a Trainer."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.options import check_options, check_rules, parse_bytes
 from lightning_lwpm.partition.plan import PartitionPlan
 from lightning_lwpm.pipeline.asynchronous.registry import DEFAULT
 from lightning_lwpm.pipeline.engine import Engine
-from lightning_lwpm.pipeline.schedule import Table
-from lightning_lwpm.staging.batch_norm import batch_norms
 from lightning_lwpm.staging.heap import freed_at_once
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Layout, Unit
-from lightning_lwpm.staging.lazy import built_lazily, is_lazy
-from lightning_lwpm.state.before import Before
+from lightning_lwpm.staging.lazy import is_lazy
 from lightning_lwpm.training.admission import Rules
-from lightning_lwpm.training.building import called_within, initialise
 from lightning_lwpm.training.checks import (
-    check_callbacks,
-    check_module,
-    check_optimizers,
-    users,
     warn_of_batch_norm,
-    warn_of_gradients,
 )
-from lightning_lwpm.training.collectives import data_axis
-from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import log_graphs
 from lightning_lwpm.training.hooks import Hooks
-from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.manual import ManualSteps
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
-from lightning_lwpm.training.planning import Planner
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
 from lightning_lwpm.training.random_state import generators, streams
 from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
-from lightning_lwpm.training.stateful import StatefulStrategy
+from lightning_lwpm.training.stepping import SteppingStrategy
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.termination import Interruption, OrderlyInterrupt
-from lightning_lwpm.training.weights import Holders, copies, gather, holders, move, to_host
-from lightning_lwpm.tuning.devices import free_bytes
-from lightning_lwpm.tuning.optimizer_state import state_factor
-from lightning_lwpm.tuning.predict import table_of
-from lightning_lwpm.tuning.wish import Wish
+from lightning_lwpm.training.weights import Holders, copies, gather, holders, move
 from lightning_lwpm_autoload import STRATEGIES
 
 __all__ = ["LWPMStrategy"]
 
 
-class LWPMStrategy(StatefulStrategy):
+class LWPMStrategy(SteppingStrategy):
     """Layer-wise model parallelism: the layers of an unchanged LightningModule, partitioned over the devices.
 
     Implements the aims of "Layer-Wise Partitioning and Merging for Efficient and Scalable Deep Learning"
@@ -198,16 +175,9 @@ class LWPMStrategy(StatefulStrategy):
         self.state_dict_type, self.async_checkpoint = state_dict_type, async_checkpoint
         self.weights_after_run = weights_after_run
         self.partition, self.costs, self.repartition_every_n_epochs = partition, costs, repartition_every_n_epochs
-        self._planner: Planner | None = None
-        self._feed: Feed | None = None
-        self._engine: Engine | None = None
-        self._hooks: Hooks | None = None
-        self._steps: Steps | None = None
-        self._reviewer: Reviewer | None = None
         self._recorder: Recorder | None = None
         self._copies: list[torch.nn.Module] = []
         self._interruption = Interruption()
-        self._configured: Callable[[], None] | None = None  # lets the module's `configure_model` be as it was
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs, as of ``torch.save(trainer)``: connections, and what rests on them, are made anew."""
@@ -225,29 +195,6 @@ class LWPMStrategy(StatefulStrategy):
         return False
 
     # -- setup ---------------------------------------------------------------------------------------------------
-
-    @override
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Around ``configure_model`` and in ``trainer.init_module()``: large weights are made where they are held."""
-        with super().tensor_init_context(empty_init):
-            if self.num_processes * self.num_nodes == 1:
-                yield
-                return
-            with torch.device("cpu"), built_lazily():
-                yield
-
-    @override
-    def connect(self, model: LightningModule) -> None:
-        super().connect(model)
-        if self.num_processes * self.num_nodes > 1 and is_overridden("configure_model", model):
-            self._end_configuring()
-            self._configured = called_within(model, self.tensor_init_context)
-
-    def _end_configuring(self) -> None:
-        if self._configured is not None:
-            self._configured()
-            self._configured = None
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -304,28 +251,6 @@ class LWPMStrategy(StatefulStrategy):
             if self.world_size > 1:
                 self._steps.termination.install()
 
-    def _prepare(self, trainer: Trainer) -> Feed:
-        """Everything that comes before the model is looked at."""
-        assert self.model is not None and self.lightning_module is not None
-        fitting, module = trainer.state.fn == TrainerFn.FITTING, self.lightning_module
-        check_module(module, fitting, self.global_rank == 0, self._asynchronous)
-        if self.world_size > 1:
-            check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-        initialise(module)
-        to_host(module)
-        self.model = self.precision_plugin.convert_module(self.model)
-        loop = Loop(trainer, module, self.precision_plugin, self.root_device)
-        # whatever the number of micro-batches, a batch has one at least
-        ahead = self.world_size + 1 if fitting and self._asynchronous else 0
-        self._feed = Feed(self.mailbox, loop, 2 * self.world_size, ahead)
-        if fitting:
-            self.setup_optimizers(trainer)
-            if self.world_size > 1:
-                check_optimizers(self.optimizers)
-                if self._asynchronous or not module.automatic_optimization:
-                    warn_of_gradients(users(module, trainer))
-        return self._feed
-
     def _start_engine(self, layout: Layout, serial: int = 0) -> Engine:
         assert self._planner is not None and self.lightning_module is not None
         module, schedule = self.lightning_module, self._settled()[1]
@@ -367,95 +292,10 @@ class LWPMStrategy(StatefulStrategy):
         assert self._engine is not None
         return self._engine.layout.units
 
-    @property
-    def _asynchronous(self) -> bool:
-        return self.schedule == "async" and self.world_size > 1
-
-    @property
-    def plan(self) -> PartitionPlan | None:
-        """Which stage runs which layers; ``None`` before the first run."""
-        return self._planner.plan if self._planner is not None else None
-
-    @override
-    def plan_ahead(self) -> PartitionPlan | None:
-        assert self.lightning_module is not None
-        plan = self._planner.plan_of(self.lightning_module) if self._planner is not None else None
-        return plan or (self.partition if isinstance(self.partition, PartitionPlan) else None)
-
-    @override
-    def plan_in_vain(self) -> PartitionPlan | None:
-        module = self.lightning_module
-        assert module is not None
-        before = Before(module, self.num_processes)
-        try:
-            with self.told("setup"):
-                self._plan(module.trainer, self._prepare(module.trainer))
-        except Exception:  # another error is on its way
-            return None
-        finally:
-            before.put_back(module)
-        return self.plan
-
-    def _plan(self, trainer: Trainer, feed: Feed) -> Layout:
-        assert self.lightning_module is not None
-        self._planner = self._planner or Planner(self.mailbox, self.transport, self.root_device, self.costs)
-        return self._planner.layout(trainer, self.lightning_module, feed, self._wish())
-
     @override
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
-
-    def _wish(self) -> Wish:
-        """What the user asked for, and what the devices hold."""
-        limit = self._device_memory or free_bytes(self.root_device)
-        limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
-        assert self.lightning_module is not None
-        factor = state_factor(self.optimizers) if self.world_size > 1 else 0.0  # it makes a step of their like
-        if not self.lightning_module.automatic_optimization:
-            if self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "async"):
-                rank_zero_warn(
-                    "with manual optimization a batch is whole and ranks take turns: `num_microbatches`, `schedule` "
-                    "and what goes with them have no effect"
-                )
-            return Wish(self.partition, 1, "gpipe", tuple(limits), factor, 1)
-        return Wish(
-            self.partition,
-            self.num_microbatches,
-            self.schedule,
-            tuple(limits),
-            factor,
-            self.virtual_stages,
-            activation_checkpointing=self.activation_checkpointing,
-            least_samples=self._least_samples(),
-        )
-
-    def _least_samples(self) -> int:
-        """The fewest samples of a micro-batch, where the user leaves that open: one alone has no statistics."""
-        assert self.lightning_module is not None
-        return 2 if self.num_microbatches == "auto" and batch_norms(self.lightning_module) else 1
-
-    def _settled(self) -> tuple[int, str | Callable[[int], Table]]:
-        """The number of micro-batches and the schedule, as far as they matter."""
-        plan = self.plan
-        if self.world_size > 1 and plan is not None and plan.prediction is not None:
-            return plan.prediction.num_microbatches, table_of(plan, plan.prediction.schedule)
-        count = 1 if self.num_microbatches == "auto" else self.num_microbatches
-        return count, "1f1b" if self.schedule in ("auto", "async") else self.schedule
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        if self.world_size == 1 or self._feed is None:
-            return dataloader
-        return self._feed.wrap(dataloader)
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if self.world_size == 1 or self._feed is None:
-            return super().batch_to_device(batch, device, dataloader_idx)
-        return self._feed.give(
-            batch, lambda raw: super(LWPMStrategy, self).batch_to_device(raw, device, dataloader_idx)
-        )
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -470,89 +310,6 @@ class LWPMStrategy(StatefulStrategy):
                 assert self._engine is not None
                 self._move_weights(self._engine.layout, layout)
                 self.steps.attach(self._start_engine(layout, self._engine.serial))
-
-    @property
-    def steps(self) -> Steps:
-        """Runs the user's steps; there while a run is."""
-        assert self._steps is not None
-        return self._steps
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._norms(), data_axis():
-            out = self.steps.train(*args, **kwargs)
-        if self._reviewer is not None:
-            self._reviewer.batch_done()
-        return out
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None
-        if not self.lightning_module.automatic_optimization:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.stash.hand_over()
-        with self._norms():
-            closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    @property
-    @override
-    def alone(self) -> bool:
-        if self._hooks is not None and self._hooks.alone.active:
-            return True
-        return self.global_rank == 0 and self._apart
-
-    @property
-    def _apart(self) -> bool:
-        return self._steps is not None and self._steps.apart
-
-    @override
-    def next_turn(self) -> int:
-        if self.alone or self._apart:
-            raise ConfigurationError(
-                "a step, or a hook that runs on rank 0 only (the module's `on_..._batch_end` and `on_..._epoch_end`), "
-                "does something in which all ranks have to take part, such as `trainer.save_checkpoint(...)`. Do it in "
-                "a callback, which runs on every rank; ask for `trainer.log_dir` after the last layer, or in `setup`."
-            )
-        if self._steps is not None:
-            self._steps.meet()
-        return super().next_turn()
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        with self.steps.paused():
-            return super().optimizer_step(optimizer, self.steps.resumed(closure), *args, **kwargs)
-
-    @override
-    def _clip_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        assert self._hooks is not None
-        with self.steps.paused(), self._hooks.together.aside(changes=True):
-            super()._clip_by_norm(optimizer, clip_val)
-
-    @override
-    @data_axis()
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.evaluate("validation_step", self.precision_plugin.val_step_context, *args, **kwargs)
-
-    @override
-    @data_axis()
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.evaluate("test_step", self.precision_plugin.test_step_context, *args, **kwargs)
-
-    @override
-    @data_axis()
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.evaluate("predict_step", self.precision_plugin.predict_step_context, *args, **kwargs)
-
-    @override
-    @contextmanager
-    def told(self, what: str) -> Iterator[None]:
-        aside = self._hooks.together.aside() if self._hooks is not None else nullcontext()
-        with aside, super().told(what):
-            yield
 
     # -- end -----------------------------------------------------------------------------------------------------
 
