@@ -104,12 +104,14 @@ class Executor:
         """
         outputs: dict[int, Any] = {}
         split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
-        with self.deferral.batch(), python_random(), self.mailbox.guarded(lambda: self._tell(action)):
+        deferral = self.deferral.batch() if split else nullcontext()
+        with deferral, python_random(), self.mailbox.guarded(lambda: self._tell(action)):
             for position, action in enumerate(actions):
                 kind, stage, number = action
                 item = items[number]
                 began, waited = time.perf_counter(), self.mailbox.waited
-                self.postings.ahead(position)
+                if kind != "W":  # which nothing has come about since
+                    self.postings.ahead(position)
                 with around(action) if around is not None else nullcontext():
                     if kind == "F":
                         with self.deferral.forward() if (stage, number) in split else nullcontext():

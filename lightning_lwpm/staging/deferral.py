@@ -62,16 +62,10 @@ class Deferral:
         """The forward pass of a backward pass that is to be split."""
         global _current
         before, _current = _current, self
-        # what someone else has put in the place of a function of torch's stays there
-        here = [op for op in OPERATIONS if getattr(op.namespace, op.name) is _ORIGINALS[op.name]]
-        for op in here:
-            setattr(op.namespace, op.name, _DEFERRED[op.name])
         try:
             yield
         finally:
             _current = before
-            for op in here:
-                setattr(op.namespace, op.name, _ORIGINALS[op.name])
 
     @contextmanager
     def inputs(self, key: Hashable) -> Iterator[None]:
@@ -100,12 +94,18 @@ class Deferral:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """The time of a batch: afterwards nothing is owed, and all gradients are in ``.grad``."""
+        """The time of a batch with split passes: afterwards nothing is owed, and all gradients are in ``.grad``."""
+        # what someone else has put in the place of a function of torch's stays there
+        here = [op for op in OPERATIONS if getattr(op.namespace, op.name) is _ORIGINALS[op.name]]
+        for op in here:
+            setattr(op.namespace, op.name, _DEFERRED[op.name])
         try:
             yield
             for key in list(self._owed):
                 self.weights(key)
         finally:
+            for op in here:
+                setattr(op.namespace, op.name, _ORIGINALS[op.name])
             for weight, ledger in self._ledgers.items():
                 assert ledger.handle is not None
                 ledger.handle.remove()

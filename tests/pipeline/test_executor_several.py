@@ -1,6 +1,7 @@
 """Several stages a rank: tables in any order, evaluation that overlaps, words that name the stage."""
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -90,7 +91,11 @@ def evaluate(rank: int, world: int, placement: list[int]) -> Any:
     with torch.no_grad():
         outputs += run.evaluate(Batch.of(data[0], 12), lambda micro, _: step(model, micro), kind="split")
     run.mailbox.gather("end", None)
-    held = [len(exchange.desk.flights) for exchange in run.executor.exchanges.values()] if run.executor else []
+    desks = [exchange.desk for exchange in run.executor.exchanges.values()] if run.executor else []
+    deadline = time.monotonic() + 5
+    while any(desk.flights for desk in desks) and time.monotonic() < deadline:
+        time.sleep(0.01)  # another thread hears that later stages are done
+    held = [len(desk.flights) for desk in desks]
     run.mailbox.close()
     return [float(out) if out is not None else None for out in outputs], held
 
