@@ -98,6 +98,6 @@ CASES = {
         _Classify,
         lambda: (torch.randn(128, 1, 8, 8), torch.randint(0, CLASSES, (128,))),
         F.cross_entropy,
-        {2: (5,), 4: (3, 5, 8)},
+        {2: (6,), 4: (3, 6, 9)},
     ),
 }
