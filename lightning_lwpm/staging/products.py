@@ -168,8 +168,7 @@ def _convolution(
     settings = [_each(stride, dims), _each(padding, dims), spread, transposed, _each(output_padding, dims), groups]
     both = bias is not None and bias.requires_grad
     sizes = list(bias.shape) if bias is not None else None
-    # of the weight, only shape and layout count
-    shell = torch.empty_like(weight.detach(), device="meta")
+    shape, strides, dtype = weight.shape, weight.stride(), weight.dtype  # of the weight, nothing else counts
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if transposed:
@@ -177,7 +176,7 @@ def _convolution(
         return original(x, weight, bias, *settings[:3], groups)
 
     def gradients(x: Tensor, grad: Tensor) -> Sequence[Tensor]:
-        like = torch.empty_like(shell, device=x.device)
+        like = torch.empty_strided(shape, strides, dtype=dtype, device=x.device)
         return _aten.convolution_backward(grad, x, like, sizes, *settings, [False, True, both])[1 : 2 + both]
 
     return Product(input, weight, bias, run, gradients, both=both)

@@ -66,9 +66,11 @@ def _alike(*values: Any) -> bool:
     return all(isinstance(v, Tensor) and (v.shape, v.dtype) == (first.shape, first.dtype) for v in values)
 
 
-@torch.no_grad()
 def evaluate(tensor: Tensor) -> Tensor:
-    """Compute what was promised, and let go of what that took; other tensors are returned as they are."""
+    """Compute what was promised, and let go of what that took; other tensors are returned as they are.
+
+    To be called without gradients (``torch.no_grad()``), as a dispatch mode is.
+    """
     if not isinstance(tensor, Promise):
         return tensor
     if tensor.compute is not None:
