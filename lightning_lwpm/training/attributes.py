@@ -63,34 +63,45 @@ class Attributes:
     def __init__(self, module: LightningModule) -> None:
         self.module, self.ahead = module, False
         self.late: Callable[[nn.Module, str], None] | None = None
-        self._before: dict[tuple[str, str], Any] = {}
+        self._before: dict[tuple[str, str], Any] = {}  # images of what may change as the same object, and
+        self._fixed: dict[tuple[str, str], Any] = {}  # what cannot: most there is, which is looked at in each batch
         self._fetched: list[Change] = []
         self._own: set[tuple[str, str]] = set()  # what this rank's part of a step changes by itself
 
     def watch(self) -> None:
         """Begin: what changes from now on is told by :meth:`changes`."""
-        self._before = {key: image for key, image, _ in self._look()}
+        self._before = {}
+        for key, image, value in self._look():
+            if _is_fixed(value):
+                self._fixed[key] = value
+            else:
+                self._fixed.pop(key, None)
+                self._before[key] = image
 
     def changes(self) -> list[Change]:
         """What has changed since :meth:`watch`."""
-        before, fetched = self._before, self._fetched
-        self._fetched = []
-        plain = [(*key, value) for key, image, value in self._look() if key not in before or before[key] != image]
-        return plain + fetched
+        fetched, self._fetched = self._fetched, []
+        return [(*key, value) for key, image, value in self._look() if self._was(key) != image] + fetched
+
+    def _was(self, key: tuple[str, str]) -> Any:
+        """The image of an attribute as it was."""
+        return _image(self._fixed[key], {}) if key in self._fixed else self._before.get(key)
 
     def fetch(self) -> None:
         """On rank 0, at the end of a step: put values in the place of other ranks' tensors that it has stored."""
         self._fetched = []
-        for path, module in self.module.named_modules():
-            for name, value in list(vars(module).items()):
-                if name not in _OF_LIGHTNING and type(value) in _HOLDING and _has_remote(value):
+        for path, module in _modules(self.module):
+            own = vars(module)
+            for name in own.keys() - _OF_LIGHTNING:
+                value = own[name]
+                if type(value) in _HOLDING and self._fixed.get((path, name)) is not value and _has_remote(value):
                     here = map_tensors(_here, value)
                     if isinstance(value, list):  # others may hold it too
                         value[:] = here
                     elif isinstance(value, dict):
                         value.update(here)
                     else:
-                        vars(module)[name] = here
+                        own[name] = here
                     self._fetched.append((path, name, here))
 
     def adopt(self, changes: Iterable[Change], step: bool = False) -> None:
@@ -103,27 +114,31 @@ class Attributes:
         """
         if step and self.ahead:
             self._own.update((path, name) for path, name, _ in self.changes())
-        modules = dict(self.module.named_modules())
         for path, name, value in changes:
             if step and (path, name) in self._own:
                 continue
-            attributes = modules[path].__dict__
+            module = self.module.get_submodule(path)
+            attributes = module.__dict__
             old = attributes.get(name)
             if not _same(old, value):
                 attributes[name] = _renewed(old, value)
                 if step and self.late is not None:
-                    self.late(modules[path], name)
+                    self.late(module, name)
 
     def _look(self) -> Iterator[tuple[tuple[str, str], Any, Any]]:
-        """Each plain attribute: its module and name, what is equal while it stays as it is, and its value."""
-        metrics = {id(part) for each in self.module.modules() if isinstance(each, Metric) for part in each.modules()}
+        """Each plain attribute that may have changed since the latest :meth:`watch`.
+
+        Yields:
+            Its module and name, what is equal while it stays as it is, and its value.
+        """
         seen: dict[int, Any] = {}
-        for path, module in self.module.named_modules():
-            if id(module) in metrics:
-                continue  # what it has counted is for rank 0 to tell
-            for name, value in vars(module).items():
-                if name not in _OF_LIGHTNING and (image := _image(value, seen)) is not None:
-                    yield (path, name), image, value
+        fixed = self._fixed
+        for path, module in _modules(self.module):
+            own = vars(module)
+            for name in own.keys() - _OF_LIGHTNING:
+                value, key = own[name], (path, name)
+                if fixed.get(key, fixed) is not value and (image := _image(value, seen)) is not None:
+                    yield key, image, value
 
 
 class _Seen:
@@ -136,6 +151,26 @@ class _Seen:
         return isinstance(other, _Seen) and self.tensor is other.tensor and self.version == other.version
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules as ``named_modules`` has them, in a third of its time; without metrics: rank 0 tells their counts."""
+    met: set[nn.Module] = set()
+    waiting = [("", root)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in met or isinstance(module, Metric):
+            continue
+        met.add(module)
+        yield path, module
+        if children := module._modules:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value cannot change while it is the same object."""
+    return isinstance(value, _ATOMS) or (type(value) is tuple and all(isinstance(each, _ATOMS) for each in value))
 
 
 def _here(tensor: Tensor) -> Tensor:
@@ -158,16 +193,17 @@ def _image(value: Any, seen: dict[int, Any]) -> Any:
         value: The value.
         seen: The images of what many modules may refer to, such as a configuration, by ``id``.
     """
+    if id(value) in seen:
+        return seen[id(value)]
     if isinstance(value, _ATOMS):
         return (type(value), value) if "<locals>" not in type(value).__qualname__ else None
     if type(value) is Tensor:
         small = not value.requires_grad and value.layout is torch.strided and value.nbytes <= SMALL
         return _Seen(value) if small else None
-    if id(value) not in seen:
-        try:
-            seen[id(value)] = _copy(value, [_MOST])
-        except ValueError:
-            seen[id(value)] = None
+    try:
+        seen[id(value)] = _copy(value, [_MOST])
+    except ValueError:
+        seen[id(value)] = None
     return seen[id(value)]
 
 
