@@ -10,20 +10,18 @@ Most such hooks count, log and measure time. To prepare for what they might read
 is left until one of them, on any rank, does so.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import tensors
-from lightning_lwpm.training.reading import Reading, memory
+from lightning_lwpm.training.reading import Listening, Reading, memory
 from lightning_lwpm.training.running import Running
 
 __all__ = ["Late"]
@@ -31,7 +29,7 @@ __all__ = ["Late"]
 _USED = "together used"
 
 
-class Late(TorchDispatchMode):
+class Late(Listening):
     """Begins to read together where a hook first needs it; an ``Interceptor``.
 
     Args:
@@ -57,20 +55,10 @@ class Late(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.mailbox, self.turn, self.what, self.module = mailbox, turn, what, module
-        self.idle = False
         self._begin, self._begun = begin, False
         self._together: tuple[Reading, Running] | None = None
         self.said: dict[int, Any] = {}
         self._weights: frozenset[int] | None = None  # where weights and gradients of this rank are
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around code for which functions are left as they are."""
-        before, self.idle = self.idle, True
-        try:
-            yield
-        finally:
-            self.idle = before
 
     def together(self) -> tuple[Reading, Running]:
         """Begin, if need be."""

@@ -32,7 +32,7 @@ from lightning_lwpm.training.gradients import GRAD
 from lightning_lwpm.training.lockstep import Lockstep
 from lightning_lwpm.training.weights import Holders
 
-__all__ = ["ASKED", "Reading", "memory"]
+__all__ = ["ASKED", "Listening", "Reading", "memory"]
 
 _SENT = 256
 """Results of up to so many numbers are sent to the ranks that lack them: norms, means, histograms."""
@@ -40,7 +40,28 @@ ASKED = "?together"
 _OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
-class Reading(TorchDispatchMode):
+class Listening(TorchDispatchMode):
+    """A mode that can let functions pass for a while.
+
+    Attributes:
+        idle: Whether it does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around code for which functions are left as they are."""
+        before, self.idle = self.idle, True
+        try:
+            yield
+        finally:
+            self.idle = before
+
+
+class Reading(Listening):
     """Computes what follows from tensors of one rank there, and lets the others know small results.
 
     What this rank wants of another that goes on another path, and what code wants as arrays, it asks for.
@@ -58,7 +79,6 @@ class Reading(TorchDispatchMode):
         self.drawn = drawn
         self.small = small  # forms of functions with small results: shapes take long to compute
         self.lockstep, self.mailbox, self.known = lockstep, lockstep.mailbox, known
-        self.idle = False
         self._owners: dict[int, frozenset[int]] = {}  # by placeholder, or by memory
         self._alive: dict[int, list[Any]] = {}  # references to temporary ones
         self._origins: dict[int, tuple[Any, ...]] = {}  # of placeholders: a name, or a function and its arguments
@@ -68,15 +88,6 @@ class Reading(TorchDispatchMode):
                 self._origins[id(tensor)] = (name,)
         self._lasting = frozenset(map(memory, known.values()))
         self._views: set[int] = set()  # placeholders that stand for views of those
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around code for which functions are left as they are."""
-        before, self.idle = self.idle, True
-        try:
-            yield
-        finally:
-            self.idle = before
 
     # -- what functions do ---------------------------------------------------------------------------------------
 
