@@ -34,6 +34,7 @@ def make_layout(root: nn.Module, probe: Probe, plan: PartitionPlan) -> Layout:
         parameters=parameters,
         buffers=buffers,
         ranks=plan.ranks,
+        derivations=frozenset((site, stage_of[first]) for site, (first, _) in probe.derivations),
     )
 
 

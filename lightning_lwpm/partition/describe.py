@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.segment import Segment, cut
 from lightning_lwpm.partition.timeline import Flow, LayerCall, Timeline
+from lightning_lwpm.staging.sites import Site
 
 __all__ = ["Probe", "describe"]
 
@@ -28,6 +29,8 @@ class Probe:
         sizes: Parameter or buffer name -> its bytes, and the bytes of its gradient (0 if it has none).
         segments: The layer calls as they can be run by themselves, one each.
         written: The parameters that the step itself changes.
+        derivations: Calls of ``torch.autograd.grad``: where they are in the user's code, and the first and the last
+            position between their inputs and outputs, which are in one stage.
     """
 
     timeline: Timeline
@@ -39,6 +42,7 @@ class Probe:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
     written: tuple[str, ...] = ()
+    derivations: tuple[tuple[Site, tuple[int, int]], ...] = ()
 
 
 def describe(
@@ -58,6 +62,7 @@ def describe(
     parameters = _with_neighbours([name for name, _ in root.named_parameters()], uses)
     buffers = _owned_buffers(root, recorder, layers, uses, changed)
     flows = _flows(recorder, layers)
+    derivations = [(d.site, (layers.made_at(d.first), layers.at(d.time))) for d in recorder.derivations]
     timeline = Timeline(
         _layer_calls(root, recorder, layers, parameters, counter),
         _bytes_alive(flows, len(layers.calls)),
@@ -67,6 +72,7 @@ def describe(
             [
                 *(where for name, where in buffers.items() if name in changed),
                 *(where for name, where in parameters.items() if name in recorder.written),
+                *(where for _, where in derivations),
             ],
         ),
         flows,
@@ -80,6 +86,7 @@ def describe(
         sizes={n: (_bytes(t), _bytes(t) if t.requires_grad else 0) for n, t in tensors},
         segments=tuple(cut(root, recorder.operations, layers.at, len(layers.calls))),
         written=tuple(name for name in parameters if name in recorder.written),
+        derivations=tuple(derivations),
     )
 
 
@@ -93,10 +100,15 @@ class _Layers:
     def __init__(self, calls: list[Call]) -> None:
         self.calls = calls
         self.starts = [call.start for call in calls]
+        self.moments = [call.moment for call in calls]
 
     def at(self, time: int) -> int:
         """The position that a time belongs to."""
         return max(bisect.bisect_right(self.starts, time) - 1, 0)
+
+    def made_at(self, moment: int) -> int:
+        """The position at which a node of autograd's graph was made."""
+        return max(bisect.bisect_right(self.moments, moment) - 1, 0)
 
     def inside(self, time: int) -> bool:
         """Whether a time lies within a layer, not in the glue after it."""
@@ -159,7 +171,7 @@ def _spans(calls: Iterable[Call], layers: _Layers) -> dict[str, tuple[tuple[int,
 def _allowed(recorder: Recorder, layers: _Layers, histories: Iterable[tuple[int, ...]]) -> tuple[bool, ...]:
     """Where a stage may begin."""
     allowed = [True] * len(layers.calls)
-    for where in histories:  # such as a running statistic, or a mean of weights, which have one history in one stage
+    for where in histories:  # of a running statistic, a mean of weights, a graph: it lies in one stage
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     for region in recorder.regions:  # what is recomputed as a whole is computed as a whole

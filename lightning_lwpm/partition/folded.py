@@ -18,7 +18,7 @@ __all__ = ["folded"]
 def folded(seen: Probe) -> Probe:
     """What a step has shown, with one call of each layer, in the order of the first calls.
 
-    No stage begins between layers that use the same weights.
+    No stage begins between layers that use the same weights, or that ``torch.autograd.grad`` goes through.
 
     Args:
         seen: What was seen.
@@ -42,7 +42,10 @@ def folded(seen: Probe) -> Probe:
 
     parameters, buffers = placed(seen.parameters), placed(seen.buffers)
     allowed = [timeline.allowed[first[name]] for name in order]
-    for where in [*parameters.values(), *buffers.values()]:
+    ways = tuple(
+        (site, (min(at[first : last + 1]), max(at[first : last + 1]))) for site, (first, last) in seen.derivations
+    )
+    for where in [*parameters.values(), *buffers.values(), *(places for _, places in ways)]:
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     spans = {
@@ -57,4 +60,5 @@ def folded(seen: Probe) -> Probe:
         parameters=parameters,
         buffers=buffers,
         segments=(),
+        derivations=ways,
     )

@@ -17,10 +17,13 @@ from lightning_lwpm.partition.record import Call, Counter, Recorder
 from lightning_lwpm.partition.undo import undone
 from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.reentrant import never_reentrant
+from lightning_lwpm.staging.sites import quoted, raised_at, step_runner
+from lightning_lwpm.staging.ways import next_moment
 
 __all__ = ["Probe", "probe"]
 
 
+@step_runner
 def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module] = ()) -> Probe:
     """Run ``step`` once and describe it.
 
@@ -56,6 +59,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             stack[-1].has_inner = True
         recorder.touch((args, kwargs))
         call = Call(names[module], recorder.clock, functions=recorder.functions, operations=len(recorder.operations))
+        call.moment = next_moment()
         calls.append(call)
         stack.append(call)
 
@@ -80,6 +84,14 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             watched = recorder.watching_checkpoints(), recorder.watching_functions()
             with AsWritten(), never_reentrant(), counter, recorder, watched[0], watched[1], saving:
                 step()
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error) or "Cannot access storage of" in str(error):
+                raise ConfigurationError(
+                    f"{quoted(raised_at(error))}: functions of `torch.func` (`grad`, `jacrev`, `vmap`, ...) do not "
+                    "work in a step that is partitioned, nor in its layers. Use `torch.autograd.grad(..., "
+                    "create_graph=True)` or `torch.autograd.functional`, or run on one device."
+                ) from error
+            raise
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -17,9 +18,11 @@ from torch.utils.flop_counter import flop_registry
 from lightning_lwpm.staging.functions import written
 from lightning_lwpm.staging.lazy import Lazy
 from lightning_lwpm.staging.remote import is_metadata
+from lightning_lwpm.staging.sites import Site, site
 from lightning_lwpm.staging.tree import flatten, tensors
+from lightning_lwpm.staging.ways import arguments_of, moment, way
 
-__all__ = ["Call", "Counter", "Operation", "Recorder", "Region", "storage"]
+__all__ = ["Call", "Counter", "Derivation", "Operation", "Recorder", "Region", "storage"]
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _GET_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
@@ -37,6 +40,7 @@ class Call:
     end: int = 0
     has_inner: bool = False
     functions: int = 0  # torch functions called before it
+    moment: int = 0  # the number of the next node of autograd's graph
     operations: int = 0  # operations noted before it
 
 
@@ -47,6 +51,21 @@ class Region:
     start: int
     functions: int
     end: int = 0
+
+
+@dataclass
+class Derivation:
+    """A call of ``torch.autograd.grad``.
+
+    Attributes:
+        site: Where it is in the user's code.
+        first: The earliest node of the graph that lies between its inputs and its outputs.
+        time: When it was called, by the recorder's clock.
+    """
+
+    site: Site
+    first: int
+    time: int
 
 
 @dataclass
@@ -90,6 +109,8 @@ class Recorder(TorchFunctionMode):
         self.keep: list[Tensor] = []  # so that no address is used twice
         self.operations: list[Operation] = []
         self.saved: dict[int, tuple[int, int]] = {}  # storage kept for the backward pass -> (time, bytes)
+        self.derivations: list[Derivation] = []
+        self._derived: dict[Node, int] = {}  # what such a call has returned -> the earliest node of its way
 
     def touch(self, values: Any) -> bool:
         """Note the use of tensors; whether any of them depends on parameters."""
@@ -152,13 +173,23 @@ class Recorder(TorchFunctionMode):
         depends = self.touch((args, kwargs))
         if func == _SET_DATA:
             self.writes(args[0])
+        first = self._first(args, kwargs) if func is torch.autograd.grad else None
         out = func(*args, **kwargs)
-        if depends:
+        if first is not None:
+            self.derivations.append(Derivation(site(), first, self.clock))
+            self._derived.update((t.grad_fn, first) for t in tensors(out) if t.grad_fn is not None)
+        if depends or first is not None:
             self.clock += 1
             self.functions += 1
             self.produce(out)
             self.note(func, args, kwargs, out)
         return out
+
+    def _first(self, args: Any, kwargs: Any) -> int | None:
+        """The earliest node of the graph that ``torch.autograd.grad`` comes to; ``None`` if there is no way."""
+        nodes = way(*arguments_of(args, kwargs))
+        # what such a call has made may be numbered by another thread: it counts as what the call came to
+        return min((min(moment(node), self._derived.get(node, moment(node))) for node in nodes), default=None)
 
     @contextmanager
     def watching_checkpoints(self) -> Iterator[None]:

@@ -287,6 +287,8 @@ class Engine:
         self._postings.begin(row, messages, items)
         with ExitStack() as stack:
             for part in self._around:
+                if part is self._recompute and not torch.is_grad_enabled():
+                    continue  # where a step of evaluation takes gradients, it has them at once
                 stack.enter_context(part.batch())
             outputs = self.executor.run(row, items, microbatch, forward, backward, around)
         if backward is not None and self.shared is not None:

@@ -72,6 +72,8 @@ class Executor:
         self.device, self.seed, self.times, self.recompute = device, seed, times, recompute
         self.random, self.layers, self.lender = random, layers, lender
         self.modes = Modes(lender.root)
+        # there weights are in the graph several times, and what is put off would be added up in another order
+        self._derived = {stage for _, stage in lender.layout.derivations}
         self.step: StagedStep | None = None
         self.onward = ""
         self.at_last = False
@@ -103,7 +105,7 @@ class Executor:
             PipelineError: if this or any other rank failed; the same message on every rank.
         """
         outputs: dict[int, Any] = {}
-        split = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "I"}
+        split = {(stage, i) for kind, stage, i in actions if kind == "I" and stage not in self._derived}
         deferral = self.deferral.batch() if split else nullcontext()
         with deferral, python_random(), self.mailbox.guarded(lambda: self._tell(action)):
             for position, action in enumerate(actions):
@@ -122,7 +124,7 @@ class Executor:
                         self.times.ready()
                         self.deferral.weights((stage, number))
                     else:
-                        part = self.deferral.inputs((stage, number)) if kind == "I" else nullcontext()
+                        part = self.deferral.inputs((stage, number)) if (stage, number) in split else nullcontext()
                         again = self.layers.recomputing() if self.layers is not None else nullcontext()
                         with self.versions.of(stage), part, again:
                             self._backward(stage, number, item, outputs, backward)
@@ -155,7 +157,7 @@ class Executor:
         def run(peers: Peers) -> Any:
             """The stage's part of the step; in its backward pass once more, if it is computed again."""
             before = self.step, self.at_last
-            about = stage, last, self.interception, peers, self.device, self.layers
+            about = stage, last, self.interception, peers, self.device, self.layers, self.lender.layout.derivations
             step = StagedStep(*about) if item.grad else EvaluatedStep(self.lender, self.modes, *about)
             self.step, self.at_last = step, last
             steps.append(step)

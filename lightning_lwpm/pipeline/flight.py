@@ -13,6 +13,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Receive, Transport
 from lightning_lwpm.staging.record import Trace
 from lightning_lwpm.staging.remote import Meta, Name
+from lightning_lwpm.staging.ways import Joined
 
 __all__ = ["Arrival", "Desk", "Flight", "Item", "Layout", "blank", "count", "join", "proves", "tell"]
 
@@ -144,20 +145,6 @@ class Desk:
         return f"the {what}{tensor} of micro-batch {item.microbatch} from stage {stage} (rank {self.ranks[stage]})"
 
 
-class _Join(torch.autograd.Function):
-    """Joins a received tensor to the graph; a plain result, not a leaf, so that it may be changed in place."""
-
-    @staticmethod
-    def forward(ctx: Any, ticket: Tensor, arrival: Arrival) -> Tensor:
-        ctx.arrival = arrival
-        return arrival.tensor
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.arrival.gradient = gradients[0]
-        return None, None
-
-
 _ticket = torch.empty(0, requires_grad=True)
 
 
@@ -166,7 +153,7 @@ def join(arrival: Arrival, grad: bool) -> Tensor:
     if arrival.joined is None:
         if arrival.meta.requires_grad and grad:
             with torch.enable_grad():
-                arrival.joined = _Join.apply(_ticket, arrival)
+                arrival.joined = Joined.apply(_ticket, arrival)
         else:
             arrival.joined = arrival.tensor
     return arrival.joined

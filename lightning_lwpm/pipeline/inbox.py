@@ -165,7 +165,7 @@ class Inbox:
         if arrival is None:
             get = self._pass if remote.stage in self.desk.here else self._pull
             arrival = flight.arrivals[remote.label] = get(flight, remote.label, remote.stage)
-        return join(arrival, flight.item.grad)
+        return join(arrival, flight.item.grad or torch.is_grad_enabled())  # the step itself may take gradients
 
     def _pass(self, flight: Flight, name: Name, producer: int) -> Arrival:
         """A tensor of a stage of this rank: not a copy, so that a change in place is noticed as on one device."""

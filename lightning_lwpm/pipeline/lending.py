@@ -53,7 +53,8 @@ class Lending:
     def values(self, placeholder: Tensor) -> Tensor:
         """The values of a parameter or buffer that is not here."""
         name = next(name for name, tensor in named_tensors(self.root) if tensor is placeholder)
-        return self._borrow(name, placeholder)
+        values = self._borrow(name, placeholder)
+        return values.requires_grad_() if placeholder.requires_grad and torch.is_grad_enabled() else values
 
     def stages(self, weight: Tensor) -> tuple[int, ...] | None:
         """The stages that hold a parameter; ``None`` if all do, or it is none."""

@@ -80,7 +80,8 @@ class Outbox:
             rank = self.desk.ranks[consumer]
             for entry in entries:
                 tensor = flight.retained.get(entry.name)
-                if tensor is not None and Meta.of(tensor) == entry.meta:
+                # its gradient may have been asked for since it was made: then it is where a graph begins
+                if tensor is not None and entry.meta in (meta := Meta.of(tensor), meta._replace(requires_grad=False)):
                     self.transport.send(rank, to_wire(tensor))
                 else:  # nonsense that hurts if used: this micro-batch made no such tensor
                     self.transport.send(rank, blank(entry.meta, self.device, float("nan")))

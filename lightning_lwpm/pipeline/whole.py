@@ -51,6 +51,7 @@ class Whole:
         self.mailbox, self.device, self.ranks = mailbox, device, layout.ranks
         self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else -1
         self.interception = Interception([(unit, root.get_submodule(unit.name)) for unit in layout.units])
+        self.derivations = layout.derivations
         self.random = TorchRandom(0, 0, device)
         self.step: WholeStep | None = None
         self._serial = 0
@@ -68,7 +69,7 @@ class Whole:
             What it returned; tensors of other ranks are remote, until the next step.
         """
         self._serial += 1
-        whole = WholeStep(self.stage, self.mailbox.rank == 0, self.interception, self.device)
+        whole = WholeStep(self.stage, self.mailbox.rank == 0, self.interception, self.device, self.derivations)
         turns = self._turns = whole.peers = _Turns(self, whole, self._serial, accumulated)
         self.step = whole
         with self.mailbox.guarded(lambda: "the step"), self.interception.batch():
@@ -203,6 +204,9 @@ class _Turns:
             start = gradient if gradient is not None else torch.ones_like(loss)
             gradients[self.step.made[id(loss)].name] = start
         self.accumulated.begin(zeroed=True)
+        for arrivals in self._arrivals.values():
+            for arrival in arrivals.values():
+                arrival.gradient = None
         for segment in reversed(range(len(self.stages))):
             rank = self.whole.ranks[self.stages[segment]]
             key = (self.serial, self._backwards, segment)
@@ -222,12 +226,18 @@ class _Turns:
     def _backward(self, segment: int, gradients: dict[Name, Tensor], retain_graph: bool) -> dict[int, list[Any]]:
         """The backward pass of a segment of this rank; returns gradients for other ranks."""
         arrivals = self._arrivals[segment].values()
-        for arrival in arrivals:
-            arrival.gradient = None
         names = [name for name in gradients if self.step.by_name[name].segment == segment]
         roots = [self.step.by_name[name].tensor for name in names]
         if roots:
             torch.autograd.backward(roots, [gradients.pop(name) for name in names], retain_graph=retain_graph)
+        for earlier in range(segment):
+            for arrival in self._arrivals[earlier].values() if earlier in self._arrivals else ():
+                if arrival.gradient is not None:
+                    raise PipelineError(
+                        f"something made from {tell(arrival.name)}, before layers of another rank ran, has come into a "
+                        "later layer otherwise than as an argument (in a closure or an attribute), so its gradient "
+                        "would be lost: in manual optimization give it to that layer as an argument"
+                    )
         returned: dict[int, list[Any]] = defaultdict(list)
         for arrival in arrivals:
             gradient = arrival.gradient

@@ -28,6 +28,7 @@ from lightning_lwpm.staging.products import OPERATIONS, Operation, Product
 from lightning_lwpm.staging.promise import Promise, evaluate
 from lightning_lwpm.staging.remote import localise
 from lightning_lwpm.staging.tap import Tap
+from lightning_lwpm.staging.transforms import transformed
 
 __all__ = ["Deferral", "deferring"]
 
@@ -125,7 +126,7 @@ class Deferral:
             or not (bias is None or not bias.requires_grad or self._free(bias))
             or not torch.is_grad_enabled()
             or any(isinstance(v, Tensor) and type(v) not in _TYPES for v in (*args, *kwargs.values()))
-            or torch._C._are_functorch_transforms_active()
+            or transformed()
         ):
             return original(*args, **kwargs)
         dtype = precision(weight.device.type) if operation.casts else None

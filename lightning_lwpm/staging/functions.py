@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from lightning_lwpm.staging.tree import tensors
 
-__all__ = ["BACKWARD", "HOOKS", "RANDOM", "VALUES", "written"]
+__all__ = ["ASKING", "BACKWARD", "HOOKS", "RANDOM", "VALUES", "written"]
 
 
 def _named(namespace: Any, names: str) -> set[Any]:
@@ -36,8 +36,11 @@ VALUES = frozenset(
 HOOKS = frozenset(_named(Tensor, "register_hook retain_grad register_post_accumulate_grad_hook"))
 """That ask to be told of gradients: the stage that made the tensor tells."""
 
-BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
-"""That need the whole graph in one place."""
+BACKWARD = frozenset([torch.autograd.backward, Tensor.backward])
+"""That need the whole graph in one place, and leave gradients in ``.grad``."""
+
+ASKING = frozenset([Tensor.requires_grad_, Tensor.requires_grad.__set__])  # type: ignore[attr-defined]
+"""That ask for the gradient of a tensor."""
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_lwpm.staging.sites import Site
+
 __all__ = ["Layout", "Unit", "units_of"]
 
 
@@ -33,6 +35,7 @@ class Layout:
         parameters: Parameter name -> the stages that use it, ascending. Shared parameters have several.
         buffers: The same for the buffers that belong to one stage only; all other buffers are kept everywhere.
         ranks: The rank of each stage.
+        derivations: Calls of ``torch.autograd.grad``, and the stage that has all layers between inputs and outputs.
     """
 
     num_stages: int
@@ -40,6 +43,7 @@ class Layout:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ranks: tuple[int, ...] = (0,)
+    derivations: frozenset[tuple[Site, int]] = frozenset()
 
     @property
     def shared(self) -> dict[str, tuple[int, ...]]:

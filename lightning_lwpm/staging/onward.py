@@ -59,10 +59,12 @@ class EvaluatedStep(StagedStep):
     def __init__(self, lender: Lender, modes: Modes, *args: Any) -> None:
         super().__init__(*args)
         self.lender, self.modes, self.onward = lender, modes, ""
+        self._followed = True  # whether autograd follows the step from its beginning
         self._kept: set[str] = set()  # layers of earlier stages that leave something on themselves
 
     @override
     def run(self, step: Callable[[], Any]) -> Any:
+        self._followed = torch.is_grad_enabled()
         with self.modes.step(self.last):
             return super().run(step)
 
@@ -78,10 +80,14 @@ class EvaluatedStep(StagedStep):
 
     @override
     def _reach_stage(self, stage: int, unit: Unit) -> int:
-        if not self.onward and stage >= self.at:
+        if not self.onward and stage >= self.at and not self._derives(stage):
             return super()._reach_stage(stage, unit)
         self._go_on(f"layer '{unit.name}'")
         return self.stage
+
+    def _derives(self, stage: int) -> bool:
+        """Whether the step wants gradients (``torch.enable_grad()``) of what is not in the last stage."""
+        return torch.is_grad_enabled() and not self._followed and not (self.last and stage == self.stage)
 
     def _go_on(self, what: str) -> None:
         """Something of an earlier stage is used: the last stage goes on by itself, others leave."""
@@ -110,6 +116,8 @@ class EvaluatedStep(StagedStep):
     @override
     def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         weights = [t for t in tensors((args, kwargs)) if isinstance(t, nn.Parameter | Placeholder)]
+        if not self.onward and self._derives(self.at):
+            self._go_on("gradients")
         if weights and not self.onward:
             for weight in weights:
                 stages = self.lender.stages(weight)

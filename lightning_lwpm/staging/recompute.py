@@ -167,7 +167,7 @@ def again(
 
     where = torch.empty(0, device=_device(modules))  # tells whose random numbers and precision are to be put back
     with set_checkpoint_early_stop(not to_its_end):
-        return checkpoint(call, where, use_reentrant=False, context_fn=lambda: (nullcontext(), found.back()))
+        return checkpoint(call, where, use_reentrant=False, context_fn=lambda: (nullcontext(), _Each(found.back)))
 
 
 def _device(modules: Sequence[nn.Module]) -> torch.device:
@@ -236,6 +236,25 @@ class _State:
                 for module, before in zip(self.modules, held, strict=True):
                     module._buffers.update(before)
                 now.put()
+
+
+class _Each:
+    """A context that is entered again and again, also within itself: a step may take gradients by itself.
+
+    Args:
+        make: Makes the context of one time.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self.make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 class _Attributes:

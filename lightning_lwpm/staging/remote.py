@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_lwpm.staging.tree import map_tensors
 
-__all__ = ["Meta", "Name", "Remote", "is_metadata"]
+__all__ = ["Meta", "Name", "Remote", "asked", "is_metadata", "localise"]
 
 
 class Name(NamedTuple):
@@ -116,6 +116,13 @@ class Remote(Tensor):
 def localise(tensor: Tensor) -> Tensor:
     """``tensor``, materialised if it was remote."""
     return tensor.materialise() if type(tensor) is Remote else tensor
+
+
+def asked(remote: Remote, value: Tensor) -> Tensor:
+    """The data of a remote tensor, with a gradient if the user's code has asked for one since it was made."""
+    if remote.requires_grad and not value.requires_grad and (torch.is_grad_enabled() or not remote.meta.requires_grad):
+        return value.detach().requires_grad_()
+    return value
 
 
 # Attributes that are tensors made from the data: counted and named as functions are.

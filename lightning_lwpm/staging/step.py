@@ -11,7 +11,7 @@ ran it has published; so a ghost call is one look-up, and no layer is ever run o
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.beside import Attributes
 from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
-from lightning_lwpm.staging.functions import BACKWARD, HOOKS, RANDOM, VALUES
+from lightning_lwpm.staging.functions import ASKING, BACKWARD, HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Unit
@@ -31,8 +31,11 @@ from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.reach import Reach
 from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
 from lightning_lwpm.staging.reentrant import not_reentrant
-from lightning_lwpm.staging.remote import Name, Remote, is_metadata, localise
+from lightning_lwpm.staging.remote import Name, Remote, asked, is_metadata, localise
+from lightning_lwpm.staging.sites import Site, step_runner
+from lightning_lwpm.staging.transforms import check_transforms
 from lightning_lwpm.staging.tree import flatten, map_tensors, tensors, unflatten
+from lightning_lwpm.staging.ways import check_way
 
 __all__ = ["Peers", "StageExit", "StagedStep"]
 
@@ -63,6 +66,7 @@ class StagedStep(TorchFunctionMode):
         peers: Answers for the earlier stages.
         device: The device of remote tensors.
         random: Draws random numbers for each layer, if that is wanted.
+        derivations: See :class:`~lightning_lwpm.staging.layout.Layout`.
 
     Attributes:
         reach: What a later stage may ask for.
@@ -77,11 +81,12 @@ class StagedStep(TorchFunctionMode):
         peers: Peers,
         device: torch.device,
         random: LayerRandom | None = None,
+        derivations: Collection[tuple[Site, int]] = (),
     ) -> None:
         super().__init__()
         self.stage, self.last, self.peers, self.device = stage, last, peers, device
         self.interception = interception
-        self.random = random
+        self.random, self.derivations = random, derivations
         self.as_written = AsWritten()
         self.reach = Reach()
         self.trace: Trace = {}
@@ -92,6 +97,7 @@ class StagedStep(TorchFunctionMode):
 
     # -- running -------------------------------------------------------------------------------------------------
 
+    @step_runner
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step``; returns what it returns, or ``None`` where it left at this stage's end."""
         interception = self.interception
@@ -151,6 +157,8 @@ class StagedStep(TorchFunctionMode):
             )
         if stage > self.stage:
             self._leave()
+        if stage > self.at:
+            check_transforms(unit.name)
         return stage
 
     def _adopt(self, unit: Unit, beside: Attributes, values: Any) -> None:
@@ -184,17 +192,25 @@ class StagedStep(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if is_metadata(func):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return self._metadata(func, args, kwargs)
         if func is Tensor.detach and sys._getframe(1).f_code.co_filename == _CHECKPOINT:
             # a checkpoint that computes this step again, and saves what one of the user's calls is given: no code of it
             return args[0] if type(args[0]) is Remote else func(*args, **kwargs)
         if func in BACKWARD:
             raise PipelineError(
-                f"`{getattr(func, '__name__', func)}` inside the step: gradients inside a step that is cut into "
-                "stages are not supported; use `devices=1` or keep the layers it needs inside one module's forward"
+                f"`{getattr(func, '__name__', func)}` inside a step that is cut into stages: take gradients by "
+                "`torch.autograd.grad(outputs, inputs)`, which returns them, or use `devices=1`"
             )
         return self._function(func, types, args, kwargs)
+
+    @staticmethod
+    def _metadata(func: Any, args: Any, kwargs: Any) -> Any:
+        """A function that needs no data."""
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            if func in ASKING and type(args[0]) is Remote and args[0].local is not None:
+                args[0].local.requires_grad_(args[0].requires_grad)  # it has been fetched before
+        return out
 
     def apply(self, cls: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A user's ``autograd.Function`` between layers: torch's modes do not see it, so it comes here."""
@@ -212,7 +228,7 @@ class StagedStep(TorchFunctionMode):
             if func in HOOKS and type(args[0]) is Remote:
                 args = (args[0].materialise(), *args[1:])
             given: list[Tensor] = []
-            if Remote in types or not self.last:
+            if Remote in types or not self.last or func is torch.autograd.grad:
                 args, kwargs, given = self._given(args, kwargs)
             if func in VALUES:
                 self.keep((args, kwargs))
@@ -236,7 +252,8 @@ class StagedStep(TorchFunctionMode):
         if func in HOOKS:
             return _NoHandle()
         replay = lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs))  # noqa: E731
-        return self._ghost(key, _called(func), arguments, replay)
+        # what a gradient shares memory with is made of a graph that is not here
+        return self._ghost(key, _called(func), arguments, replay if func is not torch.autograd.grad else None)
 
     # -- real and ghost ------------------------------------------------------------------------------------------
 
@@ -253,6 +270,8 @@ class StagedStep(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``func`` as one thing: nothing inside it is intercepted."""
+        if func is torch.autograd.grad:
+            check_way(args, kwargs, self.stage, self.derivations)
         inside, self.inside = self.inside, True
         try:
             return deferring(func)(*args, **kwargs)
@@ -314,8 +333,8 @@ class StagedStep(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 if remote.base is not None and remote.replay is not None:
                     remote.base.materialise()
-                    return remote.replay()
-                return self.peers.value(remote)
+                    return asked(remote, remote.replay())
+                return asked(remote, self.peers.value(remote))
         finally:
             if entered:
                 self.inside = False

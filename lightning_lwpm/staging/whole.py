@@ -12,8 +12,9 @@ one's part of the autograd graph, also where both are of the same rank: so a bac
 once, latest first, as it does on one device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,8 +27,10 @@ from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
 from lightning_lwpm.staging.record import Key, Record, observe, version
-from lightning_lwpm.staging.remote import Name, Remote, is_metadata
+from lightning_lwpm.staging.remote import Name, Remote, asked, is_metadata
+from lightning_lwpm.staging.sites import Site
 from lightning_lwpm.staging.step import StagedStep
+from lightning_lwpm.staging.transforms import check_transforms
 from lightning_lwpm.staging.tree import map_tensors, tensors
 
 __all__ = ["Made", "Others", "WholeStep"]
@@ -69,6 +72,7 @@ class WholeStep(StagedStep):
         last: Whether it is the one that reports.
         interception: Brings it the calls of units.
         device: The device of remote tensors.
+        derivations: See :class:`~lightning_lwpm.staging.layout.Layout`.
 
     Attributes:
         segment: The number of the present segment.
@@ -78,19 +82,45 @@ class WholeStep(StagedStep):
 
     peers: Others  # type: ignore[assignment]  # set by whoever answers
 
-    def __init__(self, stage: int, last: bool, interception: Interception, device: torch.device) -> None:
-        super().__init__(stage, last, interception, None, device)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        stage: int,
+        last: bool,
+        interception: Interception,
+        device: torch.device,
+        derivations: Collection[tuple[Site, int]] = (),
+    ) -> None:
+        super().__init__(stage, last, interception, None, device, None, derivations)  # type: ignore[arg-type]
         self.segment = 0
         self.made: dict[int, Made] = {}
         self.by_name: dict[Name, Made] = {}
         self._touched: list[Remote] = []
         self._fetched: dict[int, Tensor] = {}
 
+    @override
+    def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call(unit, module, partial(self._with_made, module, forward), args, kwargs)
+
+    def _with_made(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a layer; weights that the step has made (``functional_call``) go into it as arguments do."""
+        stores: list[dict[str, Any]] = [s for part in module.modules() for s in (part._parameters, part._buffers)]
+        made = [(s, n, t) for s in stores for n, t in s.items() if t is not None and self._is_derived(t)]
+        joined = [self._local(tensor) for _, _, tensor in made]
+        for (store, name, _), tensor in zip(made, joined, strict=True):
+            store[name] = tensor
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for (store, name, before), tensor in zip(made, joined, strict=True):
+                if store[name] is tensor:
+                    store[name] = before
+
     # -- segments ------------------------------------------------------------------------------------------------
 
     @override
     def _reach_stage(self, stage: int, unit: Unit) -> int:
         if stage != self.at:
+            check_transforms(unit.name)
             self.turn(stage)
         return stage
 
@@ -133,8 +163,7 @@ class WholeStep(StagedStep):
         if self.inside:
             return func(*args, **kwargs)
         if is_metadata(func):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return self._metadata(func, args, kwargs)
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -164,7 +193,7 @@ class WholeStep(StagedStep):
             args, kwargs, given = self._given(args, kwargs)
             return self._real(key, called, func, args, kwargs, given)
         replay = lambda: func(*map_tensors(self._local, args), **map_tensors(self._local, kwargs))  # noqa: E731
-        return self._ghost(key, called, given, replay)
+        return self._ghost(key, called, given, replay if func is not torch.autograd.grad else None)
 
     def _is_derived(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from layers or from torch's generator: then only one rank computes with it."""
@@ -229,8 +258,7 @@ class WholeStep(StagedStep):
                 value = remote.replay()
             else:
                 value = self.peers.value(remote)
-            if remote.requires_grad and not value.requires_grad and torch.is_grad_enabled():
-                value = value.detach().requires_grad_()  # the user has asked for its gradient since it was made
+            value = asked(remote, value)
         self._fetched[id(value)] = value
         return value
 

@@ -1,6 +1,7 @@
 """What happens before the model is partitioned: looks at the step, costs, the choice of a plan, and the layout."""
 
 import socket
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.transport import Transport
 from lightning_lwpm.report import show_plan
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.sites import quoted
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.looking import STEPS, Onlooker
 from lightning_lwpm.tuning.cache import CostCache, environment
@@ -177,6 +179,8 @@ class Planner:
             looks.append(Look((samples or 1) / count, probe.timeline, self._costs_of(first, probe)))
             seen = seen or replace(probe, segments=())
         assert seen is not None
+        if first.reads:
+            _tell_of_derivations(first.name, seen, max(devices))
         return _Known(weakref.ref(first.module), _form(first.module), {first.name}, seen, looks, samples, wish)
 
     def _ask(self, onlooker: Onlooker, count: int) -> Probe | None:
@@ -253,6 +257,21 @@ class _Known:
     looks: Sequence[Look]
     samples: int | None
     wish: Wish
+
+
+def _tell_of_derivations(name: str, seen: Probe, ranks: int) -> None:
+    """Say where gradients inside a step leave too few places for stages to begin."""
+    places = sum(seen.timeline.allowed[1:])
+    if not seen.derivations or places + 1 >= ranks:
+        return
+    site, (first, last) = max(seen.derivations, key=lambda derivation: derivation[1][1] - derivation[1][0])
+    if first < last:
+        left = f"{places + 1} stages are possible" if places else "all layers are in one stage"
+        warnings.warn(
+            f"`{name}` takes gradients inside itself, {quoted(site)}: the layers between both ends of that call are in "
+            f"one stage. So {left}, and other devices stay idle.",
+            stacklevel=2,
+        )
 
 
 def _form(module: nn.Module) -> Any:

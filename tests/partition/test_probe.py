@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lwpm.partition.apply import make_layout
+from lightning_lwpm.partition.folded import folded
 from lightning_lwpm.partition.plan import make_plan
 from lightning_lwpm.partition.probe import Probe, probe
 
@@ -144,3 +145,41 @@ def test_expanded_tensors_in_attributes_are_left_as_they_are() -> None:
     model.register_buffer("shift", torch.zeros(1).expand(2))
     probe(model, lambda: model(torch.ones(1, 2)) * model.scale + model.shift)
     assert model.scale.stride() == (0,)
+
+
+class Forces(nn.Module):
+    """A gradient in the midst of layers; the first layer is not on its way, and another one runs in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, fourth, between, after, last = self.layers
+        h = second(first(x)).tanh()
+        energy = fourth(third(h).tanh()).square()
+        other = between(x)
+        (forces,) = torch.autograd.grad(energy.sum(), h, create_graph=True)
+        (again,) = torch.autograd.grad(forces.sum(), h, create_graph=True)
+        return last(after(forces + other) + again)
+
+
+def test_what_a_gradient_goes_through_is_kept_together() -> None:
+    net = Forces()
+    seen = look(net)
+    assert [where for _, where in seen.derivations] == [(2, 4), (2, 4)]
+    assert seen.timeline.allowed == (True, True, True, False, False, True, True)
+    sites = [place for place, _ in seen.derivations]
+    assert all(place[0][0] == __file__ for place in sites)
+    assert sites[0][0][1] + 1 == sites[1][0][1]
+    layout = make_layout(net, seen, make_plan(seen.timeline, 3, ["layers.2", "layers.5"], range(3)))
+    assert layout.derivations == {(place, 1) for place in sites}
+
+
+def test_the_same_where_each_layer_has_one_place() -> None:
+    net = Forces()
+    seen = folded(probe(net, lambda: (net.layers[5](torch.ones(4)) + net(torch.randn(3, 4))).sum()))
+    assert [call.name for call in seen.timeline.calls] == [f"layers.{i}" for i in (5, 0, 1, 2, 3, 4, 6)]
+    assert [where for _, where in seen.derivations] == [(3, 5), (3, 5)]
+    assert seen.timeline.allowed == (True, False, False, False, False, False, True)[:1] + seen.timeline.allowed[1:]
+    assert seen.timeline.allowed[4:6] == (False, False)

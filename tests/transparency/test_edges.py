@@ -38,6 +38,21 @@ class Penalised(Residual):
         return out + slope.square().mean()
 
 
-def test_gradients_within_the_step_are_refused(pool: Pool) -> None:
-    with pytest.raises(WorkerError, match="gradients inside a step that is cut into"):
-        pool.run(2, train_pipelined, Penalised, classify, pairs(), 2, timeout=40)
+def test_gradients_within_the_step(pool: Pool) -> None:
+    results = pool.run(2, train_pipelined, Penalised, classify, pairs(), 2, timeout=40)
+    assert [result["stage"] for result in results] == [0, None]
+    compare(train_single(Penalised, classify, pairs(), 2), results)
+
+
+class Backward(Residual):
+    """Lets gradients be left in ``.grad``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        out.sum().backward(retain_graph=True)
+        return out
+
+
+def test_backward_passes_within_the_step_are_refused(pool: Pool) -> None:
+    with pytest.raises(WorkerError, match="`backward` inside a step that is cut into"):
+        pool.run(2, train_pipelined, Backward, classify, pairs(), 2, timeout=40)
