@@ -172,10 +172,10 @@ class Critic(Base):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         first, second = self.optimizers()
         real = batch[0][:, :6].clone()
-        fake = self.generator(torch.randn(len(real), 4)).detach()
+        fake = self.generator(torch.randn(len(real), 4, device=self.device)).detach()
         loss = self.critic(fake).mean() - self.critic(real).mean()
         if not self.penalty:
-            share = torch.rand(len(real), 1)
+            share = torch.rand(len(real), 1, device=self.device)
             between = (share * real + (1 - share) * fake).requires_grad_()
             (by_it,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
             loss = loss + 10 * ((by_it.norm(dim=1) - 1) ** 2).mean()
@@ -185,7 +185,7 @@ class Critic(Base):
         second.zero_grad()
         self.manual_backward(loss)
         second.step()
-        loss = -self.critic(self.generator(torch.randn(len(real), 4))).mean()
+        loss = -self.critic(self.generator(torch.randn(len(real), 4, device=self.device))).mean()
         first.zero_grad()
         self.manual_backward(loss)
         first.step()
@@ -193,6 +193,32 @@ class Critic(Base):
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.Adam(part.parameters(), 0.01) for part in (self.generator, self.critic)]
+
+
+class Evaluated(Base):
+    """Takes gradients in evaluation only: adapts all weights to a part of the batch, and asks what inputs matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(600, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        support, query = batch[0].chunk(2)
+        self.log("before", self.net(query).square().mean())
+        with torch.enable_grad():
+            slow = dict(self.net.named_parameters())
+            inner = functional_call(self.net, slow, (support,)).square().mean()
+            found = torch.autograd.grad(inner, list(slow.values()), create_graph=True)
+            fast = {name: w - 0.1 * g for (name, w), g in zip(slow.items(), found, strict=True)}
+            self.log("after", functional_call(self.net, fast, (query,)).square().mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with torch.enable_grad():
+            x = batch[0].clone().requires_grad_()
+            return torch.autograd.grad(self.net(x)[:, 0].sum(), x)[0]
 
 
 class Seldom(Base):
@@ -295,3 +321,21 @@ def test_what_only_later_batches_do(runs: Runs, fit: Fit, options: dict[str, Any
 def test_functions_of_torch_func_are_refused(runs: Runs) -> None:
     with pytest.raises(WorkerError, match=r"`return torch.func.grad.*Use `torch.autograd.grad"):
         runs.on(2, Fit(Functions))
+
+
+def evaluated(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module = Evaluated()
+    trainer = L.Trainer(**kwargs | {"max_epochs": 2, "inference_mode": False})
+    trainer.fit(module, loader(Evaluated), loader(Evaluated))
+    found = weights(module), metrics(trainer), trainer.validate(module, loader(Evaluated), verbose=False)
+    predicted = trainer.predict(module, loader(Evaluated))
+    return found, torch.cat(predicted) if trainer.is_global_zero else None
+
+
+def test_steps_of_evaluation(runs: Runs) -> None:
+    expected, predicted = runs.one(evaluated)
+    results = runs.on(3, evaluated)
+    same(predicted, results[0][1])
+    for found, _ in results:
+        same(expected, found)
