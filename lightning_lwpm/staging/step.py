@@ -271,12 +271,16 @@ class StagedStep(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``func`` as one thing: nothing inside it is intercepted."""
         if func is torch.autograd.grad:
-            check_way(args, kwargs, self.stage, self.derivations)
+            self._check_way(args, kwargs)
         inside, self.inside = self.inside, True
         try:
             return deferring(func)(*args, **kwargs)
         finally:
             self.inside = inside
+
+    def _check_way(self, args: Any, kwargs: Any) -> None:
+        """Make sure that a call of ``torch.autograd.grad`` finds its whole way here."""
+        check_way(args, kwargs, self.stage, self.derivations)
 
     def _ghost(self, key: Key, called: str, arguments: list[Tensor], replay: Callable[[], Any] | None) -> Any:
         """Return the like of what an earlier stage's call returned."""

@@ -9,7 +9,7 @@
 What a stage has received begins its graph: a way that leads there may go on in the stage that sent it.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_lwpm.errors import PipelineError
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.sites import Site, quoted, site
 
-__all__ = ["Joined", "arguments_of", "check_way", "leads_out", "moment", "next_moment", "way"]
+__all__ = ["Joined", "arguments_of", "arrival_of", "check_way", "moment", "next_moment", "received", "way"]
 
 
 class Joined(torch.autograd.Function):
@@ -60,46 +60,76 @@ def way(outputs: list[Any], inputs: list[Any]) -> list[Node]:
     return [node for node, found in leads.items() if found]
 
 
-def leads_out(outputs: list[Any], inputs: list[Any]) -> Any:
-    """What has been received from another stage, where a way from outputs to inputs may go on; ``None`` if nothing.
+def received(outputs: list[Any], inputs: list[Any]) -> list[Any]:
+    """What has been received from other stages, where a way from outputs to inputs may go on.
 
     Args:
         outputs: What is differentiated.
         inputs: By what.
     """
-    own = [(edge.node, edge.output_nr) for edge in _edges(inputs)]
+    own = {(edge.node, edge.output_nr) for edge in _edges(inputs)}
     # of several inputs, one may have been made from another
-    for node in _reached(outputs, set(own) if len(own) == 1 else set()):
-        if getattr(type(node), "_forward_cls", None) is Joined:
-            return node.arrival  # type: ignore[attr-defined]
-    return None
+    nodes = _reached(outputs, own if len(own) == 1 else set())
+    return [node.arrival for node in nodes if _is_joined(node)]  # type: ignore[attr-defined]
 
 
-def check_way(args: Any, kwargs: Any, stage: int, known: Collection[tuple[Site, int]]) -> None:
-    """Make sure that all that ``torch.autograd.grad`` goes through is in this stage.
+def arrival_of(value: Any) -> Any:
+    """What a tensor, or an edge of the graph, has been received as; ``None`` if it was made here."""
+    node = _edge(value).node if _is_followed(value) else None
+    return node.arrival if node is not None and _is_joined(node) else None  # type: ignore[attr-defined]
+
+
+def check_way(
+    args: Any,
+    kwargs: Any,
+    stage: int,
+    known: Collection[tuple[Site, int]],
+    source: Callable[[Any], Tensor | None] | None = None,
+    former: Callable[[Any], list[Any]] = lambda value: [value],
+) -> None:
+    """Make sure that all that ``torch.autograd.grad`` goes through is in this stage, and in one piece.
 
     Args:
         args: The arguments of the call.
         kwargs: Those by name.
         stage: The stage in which it is.
         known: The calls that the step showed when it was looked at, with their stage: the partition has seen to them.
+        source: From what has been received to the tensor itself, if this very stage has made it earlier in the step.
+        former: From an input to what it was earlier in the step.
 
     Raises:
         PipelineError: where it may not be.
     """
     place = site()
-    if (place, stage) in known:
+    seen = (place, stage) in known
+    if seen and source is None:
         return
     outputs, inputs = arguments_of(args, kwargs)
-    arrival = leads_out(outputs, inputs)
-    if arrival is not None:
-        layer = f"layer '{arrival.name.unit}'" if arrival.name.unit else "the beginning of the step"
-        what = f"{layer} is in stage {arrival.stage}"
-    elif any(is_placeholder(tensor) for tensor in inputs):
-        what = "one of the inputs is a weight of another stage"
-    else:
-        return
-    raise PipelineError(
+    if not seen and any(is_placeholder(tensor) for tensor in inputs):
+        raise _elsewhere(place, stage, "one of the inputs is a weight of another stage")
+    begins = [before for value in inputs for before in former(value)]
+    pending = received(outputs, inputs)
+    done: set[int] = set()
+    while pending:
+        arrival = pending.pop()
+        if id(arrival) in done:
+            continue
+        done.add(id(arrival))
+        made = source(arrival) if source is not None else None
+        if made is not None and way([made], begins):
+            raise PipelineError(
+                f"{quoted(place)}: a backward pass, or layers of another rank, come between the inputs and the outputs "
+                "of `torch.autograd.grad`. In manual optimization, take gradients before `manual_backward`."
+            )
+        if made is not None:
+            pending += received([made], begins)
+        elif not seen:
+            layer = f"layer '{arrival.name.unit}'" if arrival.name.unit else "the beginning of the step"
+            raise _elsewhere(place, stage, f"{layer} is in stage {arrival.stage}")
+
+
+def _elsewhere(place: Site, stage: int, what: str) -> PipelineError:
+    return PipelineError(
         f"{quoted(place)} in stage {stage}: all layers between the inputs and the outputs of `torch.autograd.grad` "
         f"have to be in one stage, but {what}. When the step was looked at before training, it did not come here. "
         "Name layers in `partition=[...]` so that no stage begins between both ends, or let the first batch come here "
@@ -122,12 +152,20 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _edges(values: list[Any]) -> Iterator[GradientEdge]:
-    for value in values:
-        if isinstance(value, GradientEdge):
-            yield value
-        elif value.requires_grad:
-            with torch._C.DisableTorchFunction():
-                yield get_gradient_edge(value)
+    return (_edge(value) for value in values if _is_followed(value))
+
+
+def _edge(value: Any) -> GradientEdge:
+    with torch._C.DisableTorchFunction():
+        return value if isinstance(value, GradientEdge) else get_gradient_edge(value)
+
+
+def _is_followed(value: Any) -> bool:
+    return isinstance(value, GradientEdge) or value.requires_grad
+
+
+def _is_joined(node: Node) -> bool:
+    return getattr(type(node), "_forward_cls", None) is Joined
 
 
 def _reached(outputs: list[Any], ends: set[tuple[Node, int]] = frozenset()) -> list[Node]:  # type: ignore[assignment]

@@ -12,6 +12,7 @@ one's part of the autograd graph, also where both are of the same rank: so a bac
 once, latest first, as it does on one device.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,7 @@ from lightning_lwpm.staging.sites import Site
 from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.transforms import check_transforms
 from lightning_lwpm.staging.tree import map_tensors, tensors
+from lightning_lwpm.staging.ways import arrival_of, check_way
 
 __all__ = ["Made", "Others", "WholeStep"]
 
@@ -95,7 +97,8 @@ class WholeStep(StagedStep):
         self.made: dict[int, Made] = {}
         self.by_name: dict[Name, Made] = {}
         self._touched: list[Remote] = []
-        self._fetched: dict[int, Tensor] = {}
+        self._fetched: dict[Name, list[Tensor]] = defaultdict(list)
+        self._labels: dict[int, Name] = {}  # by ``id``, of what was fetched
 
     @override
     def call(self, unit: Unit, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -228,7 +231,7 @@ class WholeStep(StagedStep):
                 self._note(changed, Name(*key, -1 - i))
             elif isinstance(changed, nn.Parameter):
                 continue
-            elif made is not None or changed.requires_grad or id(changed) in self._fetched:
+            elif made is not None or changed.requires_grad or id(changed) in self._labels:
                 raise PipelineError(
                     f"`{called}` changes in place what was made before the last layer call of another rank, or gives a "
                     "gradient to a tensor made by hand: in manual optimization make a new tensor (`torch.cat`, "
@@ -240,6 +243,24 @@ class WholeStep(StagedStep):
             if id(tensor) not in plain and not isinstance(tensor, nn.Parameter):
                 self._note(tensor, Name(*key, i))
         return out
+
+    @override
+    def _check_way(self, args: Any, kwargs: Any) -> None:
+        check_way(args, kwargs, self.stage, self.derivations, self._source, self._former)
+
+    def _source(self, arrival: Any) -> Tensor | None:
+        """What this rank has made in an earlier segment, and the present one has been given."""
+        made = self.by_name.get(arrival.name)
+        return made.tensor if made is not None else None
+
+    def _former(self, value: Any) -> list[Any]:
+        """What a tensor was in earlier segments."""
+        arrival = arrival_of(value)
+        made = self._source(arrival) if arrival is not None else None
+        if made is not None:
+            return [made]
+        label = self._labels.get(id(value))
+        return list(self._fetched[label]) if label is not None else [value]
 
     def _note(self, tensor: Tensor, name: Name) -> None:
         made = Made(tensor, name, self.segment, version(tensor))
@@ -259,7 +280,8 @@ class WholeStep(StagedStep):
             else:
                 value = self.peers.value(remote)
             value = asked(remote, value)
-        self._fetched[id(value)] = value
+        self._fetched[remote.label].append(value)
+        self._labels[id(value)] = remote.label
         return value
 
     @override

@@ -13,10 +13,10 @@ from lightning_lwpm.pipeline.flight import Arrival, join
 from lightning_lwpm.staging.remote import Meta, Name
 from lightning_lwpm.staging.sites import quoted, site, step_runner
 from lightning_lwpm.staging.transforms import check_transforms
-from lightning_lwpm.staging.ways import arguments_of, check_way, leads_out, moment, next_moment, way
+from lightning_lwpm.staging.ways import arguments_of, check_way, moment, next_moment, received, way
 
 
-def received(unit: str = "encoder.1") -> Tensor:
+def arrived(unit: str = "encoder.1") -> Tensor:
     """A tensor that an earlier stage has sent."""
     tensor = torch.ones(3)
     return join(Arrival(Name(unit, 0, 0, 0), 0, tensor, Meta.of(tensor)._replace(requires_grad=True), False), True)
@@ -52,17 +52,21 @@ def test_a_derivative_leads_back_through_what_was_differentiated() -> None:
 
 
 def test_where_a_way_leads_out_of_a_stage() -> None:
-    h, other, x = received(), received("other"), torch.ones(3, requires_grad=True)
+    h, other, x = arrived(), arrived("other"), torch.ones(3, requires_grad=True)
     energy = (h * x).sum()
-    assert leads_out([energy], [h]) is None
-    assert leads_out([(other.detach() * x).sum()], [x]) is None
-    assert leads_out([energy], [x]).name.unit == "encoder.1"
-    assert leads_out([energy + (h * other).sum()], [h]).name.unit == "other"
-    assert leads_out([(h + other).sum()], [h, other]) is not None  # the one may have been made from the other
+
+    def units(outputs: list[Tensor], inputs: list[Tensor]) -> list[str]:
+        return [arrival.name.unit for arrival in received(outputs, inputs)]
+
+    assert units([energy], [h]) == []
+    assert units([(other.detach() * x).sum()], [x]) == []
+    assert units([energy], [x]) == ["encoder.1"]
+    assert units([energy + (h * other).sum()], [h]) == ["other"]
+    assert units([(h + other).sum()], [h, other]) == ["encoder.1", "other"]  # the one may have been made of the other
 
 
 def test_a_call_that_was_not_seen_before_is_told_with_its_line() -> None:
-    h, x = received(), torch.ones(3, requires_grad=True)
+    h, x = arrived(), torch.ones(3, requires_grad=True)
     places: list[Any] = []
 
     def ask(stage: int, seen: bool) -> None:

@@ -144,6 +144,22 @@ class Langevin(Base):
         return loss
 
 
+class After(Base):
+    """By hand, and a backward pass comes before the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = net(600, 4), net(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        h = self.first(batch[0]).detach().requires_grad_()
+        out = self.second(h)
+        self.manual_backward(out.mean(), retain_graph=True)
+        (by_h,) = torch.autograd.grad(out.sum(), h, create_graph=True, allow_unused=True)
+        self.manual_backward(by_h.square().mean())
+
+
 class Functional(Base):
     """By the functions of ``torch.autograd.functional``, which call layers by themselves."""
 
@@ -316,6 +332,11 @@ def test_what_only_later_batches_do(runs: Runs, fit: Fit, options: dict[str, Any
     with pytest.raises(WorkerError, match=r"`\(by_.*have to be in one stage.*Name layers in `partition") as error:
         runs.on(2, fit, **options)
     assert str(error.value).count("PipelineError: ") >= 2  # one for each rank
+
+
+def test_a_backward_pass_between_both_ends(runs: Runs) -> None:
+    with pytest.raises(WorkerError, match=r"`\(by_h,\) = .*take gradients before `manual_backward`"):
+        runs.on(2, Fit(After))
 
 
 def test_functions_of_torch_func_are_refused(runs: Runs) -> None:
