@@ -47,7 +47,7 @@ class Executor:
     Attributes:
         step: The run of the user's step that is under way.
         at_last: Whether it is, or was, one of the last stage, which runs to the loss.
-        onward: Where the latest step of evaluation has gone back to earlier layers; "" if it has not.
+        onward: Why the last stage has run the latest step of evaluation by itself, in words; "" if it has not.
         deferral: The weight gradients that a split backward pass has left for later.
     """
 

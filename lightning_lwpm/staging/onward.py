@@ -8,7 +8,7 @@
 
 Until a step goes back, stages work as always, on consecutive batches at the same time. Then the last one, which all
 tensors reach anyway, runs all layers, with the weights of others for as long as the step lasts. So nobody has to know
-beforehand which step of which batch goes back.
+beforehand which step of which batch goes back. So it is where a step enables gradients: their graph is in one place.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,9 @@ from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.tree import duplicate, map_tensors, tensors
 
 __all__ = ["EvaluatedStep", "Lender", "with_weights"]
+
+
+_DERIVES = "takes gradients (it enables them)"
 
 
 class Lender(Protocol):
@@ -53,7 +56,7 @@ class EvaluatedStep(StagedStep):
         args: As for :class:`StagedStep`.
 
     Attributes:
-        onward: What the last stage has used of an earlier one after its own layers; "" before.
+        onward: Why the last stage goes on by itself, in words; "" before it does.
     """
 
     def __init__(self, lender: Lender, modes: Modes, *args: Any) -> None:
@@ -82,7 +85,8 @@ class EvaluatedStep(StagedStep):
     def _reach_stage(self, stage: int, unit: Unit) -> int:
         if not self.onward and stage >= self.at and not self._derives(stage):
             return super()._reach_stage(stage, unit)
-        self._go_on(f"layer '{unit.name}'")
+        again = f"runs the model several times (it comes to layer '{unit.name}' again)"
+        self._go_on(_DERIVES if self._derives(stage) else again)
         return self.stage
 
     def _derives(self, stage: int) -> bool:
@@ -117,12 +121,12 @@ class EvaluatedStep(StagedStep):
     def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         weights = [t for t in tensors((args, kwargs)) if isinstance(t, nn.Parameter | Placeholder)]
         if not self.onward and self._derives(self.at):
-            self._go_on("gradients")
+            self._go_on(_DERIVES)
         if weights and not self.onward:
             for weight in weights:
                 stages = self.lender.stages(weight)
                 if stages is not None and self.at not in stages:
-                    self._go_on("a parameter between layers")
+                    self._go_on("runs the model several times (it comes to a parameter between layers again)")
                     break
         if self.onward and any(type(weight) is Placeholder for weight in weights):
             args, kwargs = map_tensors(self._local, (args, kwargs))

@@ -229,14 +229,14 @@ class Steps:
         return self._evaluated(name, out)
 
     def _tell_of_passes(self, name: str) -> None:
-        """Say once that a step of evaluation runs layers again, which costs time."""
+        """Say once that rank 0 goes on by itself in a step of evaluation, which costs time."""
         onward = self.engine.executor.onward if self.engine.executor is not None else ""
         if onward and name not in self._told:
             self._told.add(name)
             rank_zero_info(
-                f"`{name}` runs the model several times (it comes to {onward} again): after the first pass rank 0 runs "
-                "it by itself, with the weights of other ranks, which are sent for each such batch. The result is that "
-                "of one device; it takes the time of one device, and memory for all weights there."
+                f"`{name}` {onward}: from there on rank 0 runs it by itself, with the weights of other ranks, which "
+                "are sent for each such batch. The result is that of one device; it takes the time of one device, and "
+                "memory for all weights there."
             )
 
     def _evaluated(self, name: str, out: Any) -> Any:
