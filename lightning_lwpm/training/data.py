@@ -16,6 +16,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -92,14 +93,24 @@ class Feed:
         wrapped.__dict__["_lwpm"], wrapped.__dict__["_lwpm_for"] = (self, stream, [0], []), loader
         return wrapped
 
-    def read(self, loader: Any) -> Any:
-        """The first batch of a loader as it would come, without a trace; only for the reading rank."""
+    def read(self, loader: Any, number: int = 0) -> Any:
+        """A batch of a loader as it would come, without a trace; only for the reading rank.
+
+        Args:
+            loader: The loader.
+            number: Of the batch in the iteration to come; of data without an index only the first can be read.
+
+        Raises:
+            StopIteration: where there is no such batch.
+        """
         dataset: Any = getattr(loader, "dataset", None)
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
+            if number:
+                raise StopIteration
             return loader.peek() if isinstance(loader, Source) else next(iter(loader))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
-        indices = next(iter(sampler))
+        indices = next(islice(sampler, number, None))
         fetch = getattr(dataset, "__getitems__", None)
         return loader.collate_fn(fetch(indices) if fetch else [dataset[i] for i in indices])
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.probe import Probe, probe
 from lightning_lwpm.partition.undo import generators_kept, undone
 from lightning_lwpm.staging.batch import Batch
@@ -37,6 +38,7 @@ STEPS = {
     TrainerFn.PREDICTING: "predict_step",
 }
 _HOST = torch.device("cpu")
+_BATCHES = 8  # of which at most so many are looked at, where the step skips all before
 
 
 class Onlooker:
@@ -58,8 +60,8 @@ class Onlooker:
         self.reads, self.train = reads, name == "training_step"
         self.inside_fit = trainer.state.fn == TrainerFn.FITTING and not self.train
         with self._stage():
-            loaders = self._loaders()
-            self.batch = self._first_batch(loaders) if reads and loaders is not None else None
+            self.loaders = self._loaders()
+            self.batch = self._read(0)
 
     @property
     def samples(self) -> int | None:
@@ -67,7 +69,7 @@ class Onlooker:
         return Batch.of(self.batch, 1).samples
 
     def look(self, count: int) -> Probe | None:
-        """Run the step on its first micro-batch.
+        """Run the step on its first micro-batch, or the first one that it does not skip by returning ``None``.
 
         Args:
             count: Number of micro-batches in training.
@@ -92,8 +94,6 @@ class Onlooker:
 
     def _look(self, count: int, device: torch.device) -> Probe:
         module, trainer, train = self.module, self.trainer, self.train
-        batch = move_data_to_device(self.batch, device)
-        micro = Batch.of(batch, count if train else 1).microbatch(0, private=True)
         step = getattr(module, self.name)
         kwargs: dict[str, Any] = {}
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
@@ -115,7 +115,7 @@ class Onlooker:
                 data_axis(),
             ):
                 pulls = self.feed.loop.pulls()
-                seen = self._probe(lambda: step(Pulled(micro) if pulls else micro, *kwargs.values()))
+                seen = self._first_trained(count, device, lambda x: step(Pulled(x) if pulls else x, *kwargs.values()))
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
@@ -131,6 +131,36 @@ class Onlooker:
                 stacklevel=2,
             )
         return seen
+
+    def _first_trained(self, count: int, device: torch.device, step: Callable[[Any], Any]) -> Probe:
+        """The step on the first micro-batch that it does not skip: others may show some layers only, or none."""
+        skips = self.train and self.module.automatic_optimization
+        seen: list[Probe] = []
+        returned: list[Any] = []
+        for micro in self._microbatches(count if self.train else 1, device):
+            returned.clear()
+            try:
+                seen.append(self._probe(lambda micro=micro: returned.append(step(micro))))  # type: ignore[misc]
+            except ConfigurationError:  # no layer was called
+                if not (skips and returned and returned[-1] is None):
+                    raise
+            if seen and not (skips and returned[-1] is None):
+                return seen[-1]
+        if not seen:
+            raise ConfigurationError(
+                "`training_step` returned None for the first batches before it called any layer, so there is nothing "
+                "to partition: begin with a batch that is trained on"
+            )
+        return max(seen, key=lambda probe: len(probe.timeline.calls))
+
+    def _microbatches(self, count: int, device: torch.device) -> Iterator[Any]:
+        """Those of the first batch, and of some more."""
+        for number in range(_BATCHES):
+            batch = self._read(number) if number else self.batch
+            if batch is None:
+                return
+            split = Batch.of(move_data_to_device(batch, device), count)
+            yield from (split.microbatch(i, private=True) for i in range(len(split)))
 
     def _probe(self, step: Callable[[], Any]) -> Probe:
         module = self.module
@@ -171,10 +201,13 @@ class Onlooker:
         loop.setup_data()
         return first_loaders(loop)
 
-    def _first_batch(self, loaders: Any) -> Any:
+    def _read(self, number: int) -> Any:
+        """A batch by its number in the epoch, on the host; ``None`` where there is none."""
+        if not self.reads or self.loaders is None:
+            return None
         with generators_kept():
             try:
-                batch = _first(self.feed, loaders)
+                batch = _read(self.feed, self.loaders, number)
             except StopIteration:
                 return None
             return None if batch is None else self.feed.loop.transfer(batch, device=_HOST)
@@ -235,9 +268,9 @@ def _validating(trainer: Trainer) -> Iterator[None]:
         trainer.training = True
 
 
-def _first(feed: Feed, loaders: Any) -> Any:
+def _read(feed: Feed, loaders: Any, number: int) -> Any:
     if isinstance(loaders, dict):
-        return {key: _first(feed, loader) for key, loader in loaders.items()}
+        return {key: _read(feed, loader, number) for key, loader in loaders.items()}
     if isinstance(loaders, list | tuple):
-        return type(loaders)([_first(feed, loader) for loader in loaders])
-    return feed.read(loaders)
+        return type(loaders)([_read(feed, loader, number) for loader in loaders])
+    return feed.read(loaders, number)

@@ -1,6 +1,6 @@
 """What a step returned for each micro-batch, made into what it would have returned for the batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,11 @@ def loss_of(output: Any) -> Tensor:
     Raises:
         ConfigurationError: if there is no loss that can be trained on.
     """
-    if output is None:
-        raise ConfigurationError(
-            "`training_step` returned None: skipping a batch is not possible in a pipeline, because other stages are "
-            "at work on it already. Return a loss of zero (`0 * loss`), or leave such batches out of the data."
-        )
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ConfigurationError(
-            f"`training_step` returned {type(output).__name__} {output!r:.200}: return the loss as a tensor, or a dict "
-            "with the key 'loss'"
+            f"`training_step` returned {type(output).__name__} {output!r:.200}: return the loss as a tensor, a dict "
+            "with the key 'loss', or None to leave the samples out"
         )
     loss = localise(loss)
     if not loss.requires_grad:
@@ -47,17 +42,18 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def merge_outputs(outputs: list[Any], losses: list[Tensor], sizes: list[int]) -> Any:
+def merge_outputs(outputs: Sequence[Any], losses: Mapping[int, Tensor], sizes: Sequence[int]) -> Any:
     """One output for the batch: the loss is the mean over samples, tensors with one row a sample are joined.
 
     Args:
         outputs: What the step returned for each micro-batch.
-        losses: The loss of each; none where one device skips the batch.
+        losses: The loss of each, by number, but for those that the step has skipped.
         sizes: The samples of each.
     """
     if not losses:
         return outputs[0]
-    loss = mean_loss(losses, sizes)
+    outputs, sizes = [outputs[i] for i in losses], [sizes[i] for i in losses]
+    loss = mean_loss(list(losses.values()), sizes)
     if not isinstance(outputs[0], Mapping):
         return loss
     merged: dict[str, Any] = {}
@@ -67,7 +63,7 @@ def merge_outputs(outputs: list[Any], losses: list[Tensor], sizes: list[int]) ->
     return merged
 
 
-def mean_loss(losses: list[Tensor], sizes: list[int]) -> Tensor:
+def mean_loss(losses: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The mean of the micro-batches' losses, weighted by samples."""
     if len(losses) == 1:
         return losses[0].detach()
@@ -76,7 +72,7 @@ def mean_loss(losses: list[Tensor], sizes: list[int]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _merge(values: list[Any], sizes: list[int]) -> Any:
+def _merge(values: list[Any], sizes: Sequence[int]) -> Any:
     if len(values) == 1:
         return values[0]
     if all(isinstance(value, Tensor) for value in values):

@@ -5,7 +5,7 @@ the gradients wait in a :class:`~lightning_lwpm.training.gradients.Stash` for th
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,10 +27,11 @@ from lightning_lwpm.training.hooks import Hooks
 from lightning_lwpm.training.late_changes import LateChanges
 from lightning_lwpm.training.logs import Entry, LogBook, sendable
 from lightning_lwpm.training.metrics import Metrics
-from lightning_lwpm.training.outputs import has_loss, loss_of, mean_loss, merge_outputs
+from lightning_lwpm.training.outputs import has_loss, loss_of, merge_outputs
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import skips_backward
 from lightning_lwpm.training.pulled import Pulled
+from lightning_lwpm.training.skipped import SKIPPED, accept_skipped, refuse_skipped
 from lightning_lwpm.training.termination import Interruption, Termination
 
 __all__ = ["Steps"]
@@ -49,7 +50,7 @@ class _Pass:
         self.steps = steps
         batch, self.arguments = steps.arguments(batch, args)
         self.split = Batch.of(batch, steps.count, steps.least)
-        self.losses: list[Tensor] = []
+        self.losses: dict[int, Tensor] = {}  # of the micro-batches that the user's step has not skipped
         self.scaler = getattr(steps.precision, "scaler", None)
 
     def forward(self, micro: Any, i: int) -> Any:
@@ -60,17 +61,18 @@ class _Pass:
             out = steps.module.training_step(*self.arguments(micro))
             if steps.engine.at_last and steps.hooks is not None and i == len(self.split) - 1:
                 steps.hooks.settings.attributes.fetch()
-        # one device alone may skip a batch: Lightning does so, or says what is wrong with the output
-        if steps.engine.at_last and (has_loss(out) or steps.mailbox.world > 1 or len(self.split) > 1):
-            self.losses.append(loss_of(out))
+        # of a whole batch on one device Lightning says itself what is wrong with the output
+        here = len(self.split) > 1 or steps.mailbox.world > 1 or has_loss(out)
+        if out is not None and steps.engine.at_last and here:
+            self.losses[i] = loss_of(out)
         return out
 
     def backward(self, out: Any, i: int) -> None:
-        """The backward pass of micro-batch ``i``."""
-        losses, steps = self.losses, self.steps
-        if not losses:
+        """The backward pass of micro-batch ``i``; none if the step has skipped it, which leaves gradients ``None``."""
+        steps = self.steps
+        if i not in self.losses:
             return
-        loss = losses[i] if len(losses) == 1 == len(self.split) else losses[i] * self.split.weights[i]
+        loss = self.losses[i] if len(self.split) == 1 else self.losses[i] * self.split.weights[i]
         loss = loss / steps.trainer.accumulate_grad_batches  # as Lightning does, to the bit
         steps.module.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
@@ -116,6 +118,7 @@ class Steps:
         if hooks is not None:
             hooks.settings.attributes.ahead = overlap is not None
             hooks.settings.attributes.late = self._late.watch if count > 1 or overlap is not None else None
+        accept_skipped(trainer)
         self.attach(engine)
 
     def attach(self, engine: Engine) -> None:
@@ -126,7 +129,15 @@ class Steps:
         self.stash = Stash([p for _, p in held], [p for name, p in held if name in engine.summed])
 
     def train(self, batch: Any, *args: Any) -> Any:
-        """Forward and backward passes of a batch; returns the output of ``training_step`` on every rank."""
+        """Forward and backward passes of a batch.
+
+        Returns:
+            The output of ``training_step`` on every rank; ``SKIPPED`` where it has returned ``None`` throughout.
+        """
+        out = self._train(batch, args)
+        return SKIPPED if out is None else out
+
+    def _train(self, batch: Any, args: tuple[Any, ...]) -> Any:
         run = self._begun.popleft() if self._begun else _Pass(self, batch, args)
         self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0)
         attributes = self.hooks.settings.attributes if self.hooks is not None else None
@@ -142,9 +153,10 @@ class Steps:
         self.stash.end()
         if self.mailbox.rank != 0:
             return self._share(None, None, [])
-        brief = mean_loss(run.losses, run.split.sizes) if run.losses else None
+        out = merge_outputs(outputs, run.losses, run.split.sizes)
+        brief = out.get("loss") if isinstance(out, Mapping) else out
         changes = attributes.changes() if attributes is not None else []
-        return self._share(merge_outputs(outputs, run.losses, run.split.sizes), brief, self.book.merged(), changes)
+        return self._share(out, brief, self.book.merged(), changes)
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
         """The batch, and what the user's step is given of a micro-batch.
@@ -270,6 +282,7 @@ class Steps:
 
     def remove(self) -> None:
         """The run has ended."""
+        refuse_skipped(self.trainer)
         self.termination.remove()
         self._late.remove()
 

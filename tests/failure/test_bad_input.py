@@ -122,7 +122,12 @@ class Two(Classifier):
 
 class Nothing(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.loss(batch)
+        return {"loss": None, "output": self.loss(batch)[1]}
+
+
+class NoLayer(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
 
 
 class Lbfgs(Classifier):
@@ -204,7 +209,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "manual, an exception": (ManualRaises, {}, ["on one rank only"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
-    "no loss": (Nothing, {}, ["returned None"]),
+    "no loss": (Nothing, {}, ["`training_step` returned dict", "with the key 'loss'", "or None"]),
+    "no layer": (NoLayer, {}, ["returned None for the first batches", "begin with a batch that is trained on"]),
     "a number as loss": (Number, {}, ["`training_step` returned float 3.5", "as a tensor"]),
     "two optimizers": (Two, {}, ["multiple optimizers"]),
     "too many layers": (
