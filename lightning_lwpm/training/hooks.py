@@ -31,11 +31,19 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.training.alone import Alone
 from lightning_lwpm.training.checks import BEFORE_STEPS, looks_at_gradients, users
+from lightning_lwpm.training.course import Limits
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.example import Example
 from lightning_lwpm.training.kept import Kept
 from lightning_lwpm.training.logs import sendable
-from lightning_lwpm.training.private import BEFORE_TRANSFER, adopt_epoch, count_as_one_device, epoch_of
+from lightning_lwpm.training.private import (
+    BEFORE_TRANSFER,
+    adopt_epoch,
+    agree_on_validation,
+    count_as_one_device,
+    epoch_of,
+    forget_agreement,
+)
 from lightning_lwpm.training.random_state import after, generators, put_generators
 from lightning_lwpm.training.replaced import Replaced
 from lightning_lwpm.training.settings import Settings
@@ -75,6 +83,7 @@ class Hooks:
         settings: What such hooks, and the ends of steps, set for steps to come.
         together: The gradients and weights in hooks that every rank runs.
         kept: What the module and callbacks keep beside the model.
+        limits: What the loaders of training were set up by.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class Hooks:
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
         self._before_callbacks = _BeforeCallbacks(self)
+        self.limits = Limits(trainer)
         self._example: Example | None = None
         self._turn = 0
         self._replaced: list[Replaced] = []
@@ -130,6 +140,7 @@ class Hooks:
                 count_as_one_device(callback, self.mailbox.world)
             if not self.real and isinstance(callback, BasePredictionWriter):
                 callback.__dict__["write_on_batch_end"] = callback.__dict__["write_on_epoch_end"] = _nothing
+        agree_on_validation(self.trainer, lambda due: self._from_rank_0("validate", due, "whether rank 0 validates"))
         warnings.filterwarnings("ignore", _ADVICE)
         BaseFinetuning.filter_on_optimizer = staticmethod(_not_yet_in)  # type: ignore[assignment]
 
@@ -155,6 +166,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Put the hooks back."""
+        forget_agreement(self.trainer)
         self.show_example()
         for replaced in self._replaced:
             replaced.undo()
@@ -210,12 +222,22 @@ class Hooks:
             return original(*args, **kwargs)
 
     def _stops_alike(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run it on every rank; where it ends the run on rank 0, all end it at this batch."""
+        """Run it on every rank; where it ends the run on rank 0, or sets how it goes on, all do so at this batch."""
+        course, trainer = self.settings.course, self.trainer
+        course.watch()
         out = original(*args, **kwargs)
-        self._turn += 1
-        stop = self.mailbox.broadcast(("stop", self._turn), self.trainer.should_stop, what="whether rank 0 stops")
-        self.trainer.should_stop = self.trainer.should_stop or stop
+        here = (trainer.should_stop, course.changes()) if self.real else None
+        stop, changes = self._from_rank_0("course", here, "what a hook of rank 0 sets")
+        trainer.should_stop = trainer.should_stop or stop
+        if not self.real:
+            course.back()
+            course.adopt(changes)
         return out
+
+    def _from_rank_0(self, kind: str, value: Any, what: str) -> Any:
+        """What rank 0 has."""
+        self._turn += 1
+        return self.mailbox.broadcast((kind, self._turn), value, what=what)
 
     def _saves(self, what: str, original: Callable[..., Any], *args: Any) -> Any:
         """The same for a hook that is given a checkpoint."""
@@ -326,6 +348,7 @@ class _BeforeCallbacks(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.hooks.limits.check()
         self.hooks.show_example()
         self.hooks.before_data()
 

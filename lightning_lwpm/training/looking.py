@@ -24,6 +24,7 @@ from lightning_lwpm.partition.undo import generators_kept, undone
 from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.lazy import is_lazy
 from lightning_lwpm.training.collectives import data_axis
+from lightning_lwpm.training.course import Course
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.metrics import metrics_of
 from lightning_lwpm.training.private import first_loaders, said_to_be_on, set_up_training_data
@@ -105,6 +106,8 @@ class Onlooker:
             module.eval()
         module.__dict__["log"] = module.__dict__["log_dict"] = lambda *_, **__: None
         loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+        course = Course(trainer)  # a step may set the learning rate
+        course.watch()
         try:
             with (
                 self._stage(),
@@ -119,6 +122,7 @@ class Onlooker:
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
+            course.back()
             for m, mode in modes:
                 m.training = mode
         bound = [name for name in seen.written if len(seen.parameters[name]) > 1]
@@ -236,8 +240,6 @@ def _unoptimized(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Let what a step does with manual optimization leave weights, optimizers and schedulers as they are."""
     strategy = trainer.strategy
     schedulers = [(vars(config.scheduler), dict(vars(config.scheduler))) for config in strategy.lr_scheduler_configs]
-    groups = [group for optimizer in strategy.optimizers for group in optimizer.param_groups]
-    options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     steps = [(vars(optimizer), vars(optimizer).get("step")) for optimizer in strategy.optimizers]
     weights = [(p, p.detach().clone()) for p in module.parameters()]  # some clip them by hand
     vars(strategy)["backward"] = lambda loss, *_, **__: loss
@@ -252,7 +254,7 @@ def _unoptimized(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             del attributes["step"]
             if step is not None:  # a scheduler's
                 attributes["step"] = step
-        for now, before in [*zip(groups, options, strict=True), *schedulers]:
+        for now, before in schedulers:
             now.update(before)
         with torch.no_grad():
             for parameter, values in weights:

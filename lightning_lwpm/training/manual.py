@@ -62,6 +62,7 @@ class ManualSteps(Steps):
         if self.whole is None:
             with self.precision.train_step_context():
                 return self.module.training_step(batch, *args)
+        self._watch()
         with self.book.recording():
             out = self._run("training_step", self.precision.train_step_context, batch, args)
             entries = self.book.entries

@@ -38,6 +38,7 @@ __all__ = [
     "adopt_epoch",
     "after_closure",
     "after_unscaling",
+    "agree_on_validation",
     "before_collectives",
     "before_transfer",
     "count_as_one_device",
@@ -47,6 +48,7 @@ __all__ = [
     "first_loaders",
     "forget_after_closure",
     "forget_after_unscaling",
+    "forget_agreement",
     "forget_indices",
     "forget_sigterm",
     "given",
@@ -242,6 +244,26 @@ def before_collectives(check: Callable[[str, dist.ProcessGroup], None]) -> Itera
         yield
     finally:
         module._rank_not_in_group = before
+
+
+def agree_on_validation(trainer: Trainer, agree: Callable[[bool], bool]) -> None:
+    """Where validation comes by the clock, let ``agree`` say after each batch whether it does.
+
+    Lightning looks at the clock of each process.
+
+    Args:
+        trainer: Runs the loop.
+        agree: Told what the clock of this process says.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    due = loop._should_check_val_fx
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        loop.__dict__["_should_check_val_fx"] = lambda fetcher: agree(due(fetcher))
+
+
+def forget_agreement(trainer: Trainer) -> None:
+    """Undo :func:`agree_on_validation`."""
+    trainer.fit_loop.epoch_loop.__dict__.pop("_should_check_val_fx", None)
 
 
 def first_loaders(loop: Any) -> Any:

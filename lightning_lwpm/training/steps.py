@@ -21,6 +21,7 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.training.attributes import Change
+from lightning_lwpm.training.course import Course
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.gradients import Stash
 from lightning_lwpm.training.hooks import Hooks
@@ -109,7 +110,7 @@ class Steps:
         self.trainer, self.module, self.feed, self.overlap = trainer, module, feed, overlap
         self.hooks, self.precision, self.mailbox = hooks, precision, engine.mailbox
         self.count, self.least = count, least
-        self.book = LogBook(module, self.mailbox)
+        self.book, self._course = LogBook(module, self.mailbox), Course(trainer)
         self._turn = 0
         self._told: set[str] = set()  # the steps of evaluation of which the user knows that they run layers again
         self.termination = Termination(trainer, self.mailbox, interruption)
@@ -140,6 +141,7 @@ class Steps:
     def _train(self, batch: Any, args: tuple[Any, ...]) -> Any:
         run = self._begun.popleft() if self._begun else _Pass(self, batch, args)
         self.stash.begin(zeroed=self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0)
+        self._watch()
         attributes = self.hooks.settings.attributes if self.hooks is not None else None
         if attributes is not None and (self.mailbox.rank == 0 or attributes.ahead):
             attributes.watch()
@@ -186,6 +188,11 @@ class Steps:
             run.split, self.overlap.admission.step_of(ahead), run.forward, run.backward, self._fetcher(run.split)
         )
 
+    def _watch(self) -> None:
+        """A step begins: what it sets on rank 0, :meth:`_share` tells."""
+        if self.hooks is not None:
+            self._course.watch()
+
     def _share(self, out: Any, brief: Any, entries: list[Entry], changes: Sequence[Change] = ()) -> Any:
         """Give what rank 0 has of a batch to every rank, and log it there.
 
@@ -200,13 +207,17 @@ class Steps:
         if self.mailbox.rank == 0:
             if self.hooks is not None:
                 shared = out if self._outputs_wanted("on_train_batch_end") else brief
-                message = shared, sendable(entries), changes, self.trainer.should_stop, ending
+                message = shared, sendable(entries), changes, self._course.changes(), self.trainer.should_stop, ending
                 self.mailbox.post_all("step", self._turn, message)
                 self._let_go(training=True)
         else:
             what = "the loss of this batch from rank 0"
-            out, entries, changes, self.trainer.should_stop, ending = self.mailbox.take("step", self._turn, what)
+            out, entries, changes, course, self.trainer.should_stop, ending = self.mailbox.take(
+                "step", self._turn, what
+            )
             assert self.hooks is not None
+            self._course.back()
+            self._course.adopt(course)
             self.hooks.settings.attributes.adopt(changes, step=True)
             out = move_data_to_device(out, self.engine.device)
         self.termination.agreed = ending

@@ -22,6 +22,7 @@ from lightning_lwpm.staging.placeholder import is_placeholder, placeholders_read
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.tree import tensors
 from lightning_lwpm.state.tree import Path, tell
+from lightning_lwpm.training.course import Course, Setting
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.drawn import Drawn
 from lightning_lwpm.training.gradients import GRAD, lent
@@ -60,7 +61,7 @@ class Together:
         kept: Kept,
     ) -> None:
         self.mailbox, self.module, self.holders, self.units, self.feed = mailbox, module, holders, units, feed
-        self.kept, self._drawn = kept, Drawn(feed.device)
+        self.kept, self._drawn, self._course = kept, Drawn(feed.device), Course(module.trainer)
         self._reading: Reading | None = None
         self._late: Late | None = None
         self._turn = 0
@@ -85,6 +86,7 @@ class Together:
             yield
             return
         self._turn += 1
+        self._course.watch()
         try:
             with ExitStack() as stack:
                 begin = partial(self._begin, stack, what, arguments, checkpoint)
@@ -98,11 +100,11 @@ class Together:
                     self._late = calls.step = Late(self.mailbox, self._turn, what, self.module, begin)
                     with self._late, calls.batch(), self._begun_by(self._late.together):
                         yield
-                        if not self._late.needed(self._goal()):
+                        if not self._late.needed(self._end()):
                             self._go_on(self._late.said)
                             return
                         reading, _ = self._late.together()
-                self._go_on(reading.lockstep.end(self._goal()))
+                self._go_on(reading.lockstep.end(self._end()))
         finally:
             if self._reading is not None:
                 self._reading.close()
@@ -157,16 +159,17 @@ class Together:
                 stack.enter_context(self._reading.aside())
             yield
 
-    def _goal(self) -> tuple[Any, ...]:
-        """When the run is to end, as this rank has it."""
-        trainer = self.module.trainer
-        return trainer.should_stop, trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps
+    def _end(self) -> tuple[bool, dict[Setting, Any]]:
+        """What this rank has to say at the end of a hook: whether the run is to stop, and what it has set of it."""
+        return self.module.trainer.should_stop, self._course.changes() if self.mailbox.rank == 0 else {}
 
-    def _go_on(self, goals: Mapping[int, tuple[Any, ...]]) -> None:
-        """All ranks have run the hook: they end where one of them stops, or where rank 0 has set that they do."""
+    def _go_on(self, ends: Mapping[int, tuple[bool, dict[Setting, Any]]]) -> None:
+        """All ranks have run the hook: they stop where one of them does, and go on as rank 0 has set it."""
         trainer = self.module.trainer
-        trainer.should_stop = trainer.should_stop or any(goal[0] for goal in goals.values())
-        _, trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = goals.get(0, self._goal())
+        trainer.should_stop = trainer.should_stop or any(stop for stop, _ in ends.values())
+        if 0 in ends:
+            self._course.back()
+            self._course.adopt(ends[0][1])
 
     def _kept(self, lacking: Sequence[frozenset[Path]], checkpoint: Any) -> tuple[dict[str, Tensor], Holders]:
         """What is kept beside the model and not whole on every rank, by name, and who holds what, weights included."""
