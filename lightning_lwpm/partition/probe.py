@@ -3,6 +3,7 @@
 Everything that the run changes (buffers, random states, Python attributes of modules) is put back.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,7 +81,7 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
-            saving = saved_tensors_hooks(recorder.save, _same)
+            saving = saved_tensors_hooks(_saving(recorder), _same)
             watched = recorder.watching_checkpoints(), recorder.watching_functions()
             with AsWritten(), never_reentrant(), counter, recorder, watched[0], watched[1], saving:
                 step()
@@ -114,6 +115,17 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         attributes=attributes,
         hooked=tuple(n for n, m in root.named_modules() if m in hooked),
     )
+
+
+def _saving(recorder: Recorder) -> Callable[[Tensor], Tensor]:
+    """Notes what autograd saves. Graphs keep it, and the recorder keeps graphs: a circle that nobody collects."""
+    known = weakref.ref(recorder)
+
+    def save(tensor: Tensor) -> Tensor:
+        found = known()
+        return found.save(tensor) if found is not None else tensor
+
+    return save
 
 
 def _same(tensor: Tensor) -> Tensor:

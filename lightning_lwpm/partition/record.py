@@ -108,6 +108,7 @@ class Recorder(TorchFunctionMode):
         self.reads: dict[int, list[int]] = defaultdict(list)  # storage -> times of its uses, ascending
         self.keep: list[Tensor] = []  # so that no address is used twice
         self.operations: list[Operation] = []
+        self.idle = False  # whether what happens is no part of the step
         self.saved: dict[int, tuple[int, int]] = {}  # storage kept for the backward pass -> (time, bytes)
         self.derivations: list[Derivation] = []
         self._derived: dict[Node, int] = {}  # what such a call has returned -> the earliest node of its way
@@ -163,7 +164,13 @@ class Recorder(TorchFunctionMode):
                 nbytes = tensor.untyped_storage().nbytes() if whole else tensor.numel() * tensor.element_size()
                 self.saved[key] = (self.clock, nbytes)
                 self.keep.append(tensor)
-        return tensor
+            if tensor.grad_fn is None:
+                return tensor
+            self.idle = True
+            try:
+                return tensor.detach()  # a graph that keeps its own result is never collected
+            finally:
+                self.idle = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -246,6 +253,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.recorder.idle:
+            return func(*args, **kwargs)
         for tensor in written(func, args, kwargs):
             self.recorder.writes(tensor)
         out = func(*args, **kwargs)

@@ -144,6 +144,11 @@ class Mailbox:
         """Let ``react`` be called, on a thread of its own, when this rank hears of a failure, or has one."""
         self._alarm.reactions.append(react)
 
+    @property
+    def reusable(self) -> bool:
+        """Whether no run is under way, no rank has failed, and none is at its end."""
+        return self.resting and self.failure is None and not self._links.closing and not self._links.gone
+
     def has_left(self, source: int | None) -> bool:
         """Whether nothing can come from a rank, or with ``None`` from any other, because it has ended its program."""
         left = self._links.farewells

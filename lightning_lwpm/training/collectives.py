@@ -31,6 +31,8 @@ def separate() -> None:
     """The ranks of the process group that is there now are those of a pipeline, and no copies of a model."""
     world = dist.group.WORLD
     assert world is not None
+    if world in _members:  # of a trainer before this one
+        return
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     _members[world] = alone
     never_synchronise(world)

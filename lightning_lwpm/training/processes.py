@@ -103,11 +103,23 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         assert self.cluster_environment is not None
         init_connection(self.cluster_environment, "gloo", timeout=self.timeout)
         separate()
-        self._mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
-        self.transport = connect(self._mailbox, self.root_device, self.process_group_backend, self.timeout)
+        self._mailbox, self.transport = self._connections()
+        self._mailbox.patience, self._mailbox.resting = self.patience, False
+
+    def _connections(self) -> tuple[Mailbox, Transport]:
+        """Those of a strategy before this one, if they are at rest on all ranks; else new ones."""
+        key = (self.global_rank, self.world_size, self.root_device, self.process_group_backend, self.timeout)
+        known = _connections.get(key)
+        if all(_gather_once(known is not None and known[0].reusable)):
+            assert known is not None
+            return known
+        mailbox = Mailbox(self.global_rank, self.world_size, _gather_once, self.patience)
+        transport = connect(mailbox, self.root_device, self.process_group_backend, self.timeout)
         # not `atexit`, which processes started by `multiprocessing` leave out: their end would look like a death
-        Finalize(None, self.transport.close, exitpriority=20)
-        Finalize(None, self._mailbox.close, exitpriority=10)
+        Finalize(None, transport.close, exitpriority=20)
+        Finalize(None, mailbox.close, exitpriority=10)
+        _connections[key] = mailbox, transport
+        return mailbox, transport
 
     @property
     def mailbox(self) -> Mailbox:
@@ -179,6 +191,10 @@ class ProcessesStrategy(ParallelStrategy, ABC):
         if self._mailbox is not None:
             self._mailbox.resting = True
         super().teardown()
+
+
+_connections: dict[Any, tuple[Mailbox, Transport]] = {}
+"""The latest ones: a script may make many trainers, such as one for each fold, and each connection has threads."""
 
 
 def _gather_once(value: Any) -> list[Any]:

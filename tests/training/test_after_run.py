@@ -1,7 +1,10 @@
 """What every process has after a run."""
 
 import copy
+import gc
 import io
+import os
+import threading
 from typing import Any
 
 import lightning as L
@@ -111,3 +114,27 @@ def test_rank_zero_has_it_alone_on_request(runs: Runs) -> None:
     expected = runs.one(afterwards)
     for rank, found in enumerate(runs.on(3, on_rank_zero, weights_after_run="rank_zero")):
         same(expected if rank == 0 else {**expected, "trained": None}, found)
+
+
+def folds(kwargs: dict[str, Any]) -> Any:
+    """Cross-validation: a model and a trainer for each fold; what the process holds after each."""
+    found, held = [], []
+    for fold in range(4):
+        L.seed_everything(fold)
+        if fold and not stock(kwargs):
+            kwargs["strategy"] = LWPMStrategy(num_microbatches=1, costs="estimated")
+        module = Classifier()
+        L.Trainer(**kwargs | {"max_epochs": 1}).fit(module, train_loader(), val_loader())
+        found.append(weights(module))
+        del module
+        gc.collect()
+        tensors = sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) - sum(map(len, found))
+        held.append((threading.active_count(), len(os.listdir("/proc/self/fd")), tensors))
+    return found, held
+
+
+def test_trainers_one_after_another_leave_nothing(runs: Runs) -> None:
+    expected, _ = runs.one(folds)
+    for found, held in runs.on(2, folds):
+        same(expected, found)
+        assert all(last <= second for second, last in zip(held[1], held[3], strict=True)), held
