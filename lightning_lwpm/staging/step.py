@@ -150,6 +150,13 @@ class StagedStep(TorchFunctionMode):
     def _reach_stage(self, stage: int, unit: Unit) -> int:
         """A layer of a stage is called: the stage in which the step goes on, if it does here."""
         if stage < self.at:
+            if self.calls[unit.name] > len(unit.stages):
+                raise PipelineError(
+                    f"layer '{unit.name}' of stage {stage} was called again after a layer of stage {self.at}, though "
+                    "not in the step that was looked at before training, on the first batch. Where only some batches "
+                    "run layers again (scheduled sampling), let the first one do so too (`if batch_idx == 0 or ...`): "
+                    "the model is then partitioned for that."
+                )
             raise PipelineError(
                 f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
                 "its layers in another order than when it was partitioned. Name the layers that begin a stage in "

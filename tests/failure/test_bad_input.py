@@ -130,6 +130,15 @@ class NoLayer(Classifier):
         return None
 
 
+class Again(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        out = self(x)
+        if batch_idx == 1:
+            out = self(x + out.mean())
+        return nn.functional.cross_entropy(out, y)
+
+
 class Lbfgs(Classifier):
     def configure_optimizers(self) -> Any:
         return torch.optim.LBFGS(self.parameters())
@@ -211,6 +220,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["`training_step` returned dict", "with the key 'loss'", "or None"]),
     "no layer": (NoLayer, {}, ["returned None for the first batches", "begin with a batch that is trained on"]),
+    "layers again": (Again, {}, ["'inlet' of stage 0 was called again", "scheduled sampling", "let the first one"]),
     "a number as loss": (Number, {}, ["`training_step` returned float 3.5", "as a tensor"]),
     "two optimizers": (Two, {}, ["multiple optimizers"]),
     "too many layers": (
