@@ -1,6 +1,7 @@
 """The processes of a run: how they start, meet, agree, and hear of each other's failures."""
 
 import sys
+import threading
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,8 @@ class ProcessesStrategy(ParallelStrategy, ABC):
 
     def _connections(self) -> tuple[Mailbox, Transport]:
         """Those of a strategy before this one, if they are at rest on all ranks; else new ones."""
-        key = (self.global_rank, self.world_size, self.root_device, self.process_group_backend, self.timeout)
+        place = self.global_rank, self.world_size, self.root_device, threading.get_ident()
+        key = (*place, self.process_group_backend, self.timeout)
         known = _connections.get(key)
         if all(_gather_once(known is not None and known[0].reusable)):
             assert known is not None
