@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
+from lightning_lwpm.pipeline.kinds import raised_like
 
 __all__ = ["Alarm", "described"]
 
@@ -96,4 +97,4 @@ def described(label: str, what: str, error: BaseException) -> tuple[str, type[LW
         return f"{where}: {error}", ConfigurationError
     kind = "" if isinstance(error, LWPMError) else f"{type(error).__name__}: "
     trace = "".join(traceback.format_exception(error)).rstrip()
-    return f"{where}: {kind}{error}\n\nOn {label}:\n{trace}", PipelineError
+    return f"{where}: {kind}{error}\n\nOn {label}:\n{trace}", raised_like(type(error))

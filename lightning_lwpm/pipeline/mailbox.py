@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
-from lightning_lwpm.errors import ConfigurationError, LWPMError, PipelineError
+from lightning_lwpm.errors import LWPMError, PipelineError
 from lightning_lwpm.pipeline.alarm import Alarm, described
+from lightning_lwpm.pipeline.kinds import find, reference
 from lightning_lwpm.pipeline.links import Links
 from lightning_lwpm.pipeline.meeting import meet
 from lightning_lwpm.pipeline.packing import packed
@@ -237,7 +238,8 @@ class Mailbox:
             failure = self.failed(what(), error)
             if heard is not None and isinstance(error, LWPMError):
                 raise
-            raise failure from error
+            # a failure caused by a StopIteration looks to `contextmanager` like that itself, which ends an epoch
+            raise failure from (None if isinstance(error, StopIteration) else error)
 
     def fail(self, message: str, raised: type[LWPMError] = PipelineError) -> None:
         """Tell every rank that this one cannot go on. The first failure is the one that counts.
@@ -248,7 +250,7 @@ class Mailbox:
         """
         with self._telling:
             if self._alarm.ring(message, raised, self.label):
-                self._links.send_anyway(packed(("failure", raised.__name__, message)))
+                self._links.send_anyway(packed(("failure", reference(raised), message)))
 
     def introduce(self, ranks: Sequence[int]) -> None:
         """Call each rank by its stage from now on.
@@ -303,8 +305,7 @@ class Mailbox:
 
     def _deliver(self, source: int, kind: str, key: Any, payload: Any) -> None:
         if kind == "failure":
-            raised = ConfigurationError if key == ConfigurationError.__name__ else PipelineError
-            self._alarm.ring(payload, raised, self.label)
+            self._alarm.ring(payload, find(key), self.label)
             return
         with self._condition:
             if not kind.startswith("?"):

@@ -2,11 +2,14 @@
 
 import gc
 import os
+import pickle
+import subprocess
 import threading
 import time
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from harness import connect
 
@@ -84,6 +87,36 @@ def _configuration(rank: int, world: int) -> Any:
 
 def test_an_error_of_configuration_is_one_on_every_rank(pool: Any) -> None:
     assert pool.run(3, _configuration) == [("ConfigurationError", "rank 1 failed in setup: leave it at 1")] * 3
+
+
+def _of_a_kind(rank: int, world: int, error: Exception) -> Any:
+    mailbox, _ = connect(rank, world)
+    try:
+        with mailbox.guarded(lambda: "a step"):
+            if rank == 1:
+                raise error
+            mailbox.take("never", None, "what never comes", source=1)
+    except LWPMError as failure:
+        found = type(failure).__name__, str(failure).partition("\n")[0], isinstance(failure, type(error))
+        copied = type(pickle.loads(pickle.dumps(failure)))
+    mailbox.close()
+    return found, copied is PipelineError
+
+
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [
+        (torch.OutOfMemoryError("of 2 GiB"), True),
+        (subprocess.CalledProcessError(3, "make"), True),
+        (ExceptionGroup("several", [ValueError("one")]), False),
+        (ConnectionResetError("in a step"), False),
+        (StopIteration("in a step"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_users_own_exceptions_are_caught_as_such_on_every_rank(pool: Any, error: Exception, caught: bool) -> None:
+    words = f"rank 1 failed in a step: {type(error).__name__}: {error}"
+    assert pool.run(2, _of_a_kind, error) == [(("PipelineError", words, caught), True)] * 2
 
 
 def _mailbox_threads() -> set[threading.Thread]:
