@@ -68,7 +68,7 @@ def check_options(
             f"num_microbatches={num_microbatches!r}: a batch is split into at least 1 micro-batch. Pass a positive "
             'integer, such as four for each device, or "auto".'
         )
-    known = ["auto", *POLICIES, "async"]
+    known = ["auto", *POLICIES, "sequential", "async"]
     if schedule not in known:
         near = difflib.get_close_matches(str(schedule), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -144,6 +144,14 @@ def check_options(
     for name, value in {"log_bubble": log_bubble, **switches}.items():
         if not isinstance(value, bool):
             raise ConfigurationError(f"{name}={value!r}: pass True or False.")
+    idle = {"repartition_every_n_epochs": every, "timeline": timeline, "log_bubble": log_bubble}
+    idle["num_microbatches"] = num_microbatches not in ("auto", 1) and num_microbatches
+    for name, value in idle.items() if schedule == "sequential" else ():
+        if value:
+            raise ConfigurationError(
+                f"{name}={value!r}: with schedule='sequential' every rank runs the whole step on the whole batch, in "
+                "turns: there is no pipeline. Leave it out, or use another schedule."
+            )
     if deferred_batch_norm and schedule == "async":
         raise ConfigurationError(
             'deferred_batch_norm=True: with schedule="async" a batch has no end at which all stages could update their '

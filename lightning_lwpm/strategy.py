@@ -27,7 +27,6 @@ from lightning_lwpm.training.checks import (
 )
 from lightning_lwpm.training.example import log_graphs
 from lightning_lwpm.training.hooks import Hooks
-from lightning_lwpm.training.manual import ManualSteps
 from lightning_lwpm.training.metrics import Metrics
 from lightning_lwpm.training.overlap import Overlap
 from lightning_lwpm.training.private import PathLike, optimizers_to_device
@@ -38,6 +37,7 @@ from lightning_lwpm.training.stepping import SteppingStrategy
 from lightning_lwpm.training.steps import Steps
 from lightning_lwpm.training.termination import Interruption, OrderlyInterrupt
 from lightning_lwpm.training.weights import Holders, copies, gather, holders, move
+from lightning_lwpm.training.whole import WholeSteps
 from lightning_lwpm_autoload import STRATEGIES
 
 __all__ = ["LWPMStrategy"]
@@ -61,6 +61,8 @@ class LWPMStrategy(SteppingStrategy):
             stages a device), ``"zb1p"`` and ``"zbv"`` (gradients of weights put off until a device would idle; the
             latter with two stages a device), or ``"auto"``: the fastest of all, or an order made for the measured
             times, by simulation; 1F1B, which holds the fewest activations, where they are alike.
+            ``"sequential"``: every rank runs the whole step on the whole batch and they take turns, for steps that no
+            pipeline can run. It saves memory, not time, and the numbers are those of one device.
             ``"async"``: no stage waits for the others at optimizer steps; the numbers are not those of one device.
         partition: ``"auto"``, the dotted names of the layers that begin the second, third, ... stage, the path of a
             plan (``"plan.yaml"``), or a plan (``trainer.strategy.plan`` of an earlier run).
@@ -223,8 +225,7 @@ class LWPMStrategy(SteppingStrategy):
             self.setup_precision_plugin()
             if fitting:
                 optimizers_to_device(self.optimizers, self.root_device)
-            manual = not module.automatic_optimization
-            if fitting and not manual and (self.timeline is not None or self.log_bubble):
+            if fitting and not self._whole and (self.timeline is not None or self.log_bubble):
                 self._recorder = Recorder(self.mailbox, self.next_turn(), self.timeline)
             engine = self._start_engine(layout)
             if self.world_size > 1:
@@ -238,14 +239,14 @@ class LWPMStrategy(SteppingStrategy):
                 trainer.callbacks.insert(0, self._recorder)  # type: ignore[attr-defined]
             count = self._settled()[0]
             if fitting and self.is_global_zero:
-                warn_of_batch_norm(module, count if module.automatic_optimization else 1, self.deferred_batch_norm)
+                warn_of_batch_norm(module, count, self.deferred_batch_norm)
             if fitting and self._asynchronous and layout.num_stages > 1:
                 overlap = Overlap(trainer, module, engine, self.optimizers, self._rules, count)
                 self._begin_overlap(overlap, self.precision_plugin)
             common = trainer, module, engine, feed, self._hooks, self.precision_plugin, self._interruption
             self._steps = (
-                ManualSteps(*common, self.optimizers)
-                if manual
+                WholeSteps(*common, self.optimizers, self.activation_checkpointing)
+                if self._whole
                 else Steps(*common, count, self._overlap, self._least_samples())
             )
             if self.world_size > 1:
@@ -270,7 +271,7 @@ class LWPMStrategy(SteppingStrategy):
         )
         if self._reviewer is not None:
             self._reviewer.attach(self._engine)
-        elif self.world_size > 1 and module.automatic_optimization:
+        elif self.world_size > 1 and not self._whole:
             self._reviewer = Reviewer(self._planner, self.mailbox, self._engine, self.repartition_every_n_epochs)
         if self._recorder is not None:
             self._recorder.attach(self._engine, self.plan)

@@ -18,7 +18,8 @@ __all__ = ["folded"]
 def folded(seen: Probe) -> Probe:
     """What a step has shown, with one call of each layer, in the order of the first calls.
 
-    No stage begins between layers that use the same weights, or that ``torch.autograd.grad`` goes through.
+    No stage begins between uses of weights that the step changes itself, or of a buffer, or between layers that
+    ``torch.autograd.grad`` goes through.
 
     Args:
         seen: What was seen.
@@ -45,7 +46,8 @@ def folded(seen: Probe) -> Probe:
     ways = tuple(
         (site, (min(at[first : last + 1]), max(at[first : last + 1]))) for site, (first, last) in seen.derivations
     )
-    for where in [*parameters.values(), *buffers.values(), *(places for _, places in ways)]:
+    bound = [where for name, where in parameters.items() if name in seen.written]
+    for where in [*bound, *buffers.values(), *(places for _, places in ways)]:
         for position in range(where[0] + 1, where[-1] + 1):
             allowed[position] = False
     spans = {

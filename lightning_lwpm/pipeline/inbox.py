@@ -152,7 +152,8 @@ class Inbox:
             raise PipelineError(
                 f"{place} (call {occurrence}) ran on stage {self.desk.stage} but not on stage {stage}: the step took "
                 "another path on different ranks. It may depend on the rank, on a random number that is not drawn "
-                "with `random`, `numpy.random` or `torch`, or on state that only one rank has."
+                "with `random`, `numpy.random` or `torch`, or on state that only one rank has. With "
+                "schedule='sequential' every rank runs the whole step, so that all have that state."
             )
         return record
 

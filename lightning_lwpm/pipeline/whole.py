@@ -23,15 +23,14 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import from_wire, to_wire
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.randomness import TorchRandom, put_python, python_state
+from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.record import Key, Record, Trace, version
 from lightning_lwpm.staging.remote import Meta, Name, Remote
 from lightning_lwpm.staging.whole import Made, WholeStep
 
 __all__ = ["Whole"]
-
-_NOBODY = -2
-"""Whose turn it is when the step has ended."""
 
 
 class Whole:
@@ -40,18 +39,31 @@ class Whole:
     Args:
         mailbox: The control connections.
         root: The model, with this rank's share of the weights.
-        layout: The partition, in which each weight is in one stage.
+        layout: The partition. Weights that several layers share may be in several stages.
         device: This rank's device.
+        activation_checkpointing: What is computed again in backward passes: see ``staging.recompute``. A rank receives
+            what it needs piece by piece, so ``"stage"`` goes by layers.
 
     Attributes:
         step: The step that runs now.
     """
 
-    def __init__(self, mailbox: Mailbox, root: nn.Module, layout: Layout, device: torch.device) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        root: nn.Module,
+        layout: Layout,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+    ) -> None:
         self.mailbox, self.device, self.ranks = mailbox, device, layout.ranks
         self.stage = self.ranks.index(mailbox.rank) if mailbox.rank in self.ranks else -1
+        mode = "layer" if activation_checkpointing == "stage" else activation_checkpointing
+        self.root, self.homes = root, {**layout.parameters, **layout.buffers}
+        self.recompute = Recompute(mode, root, layout.units)
         self.interception = Interception([(unit, root.get_submodule(unit.name)) for unit in layout.units])
         self.derivations = layout.derivations
+        self.shared = {name: {self.ranks[stage] for stage in stages} for name, stages in layout.shared.items()}
         self.random = TorchRandom(0, 0, device)
         self.step: WholeStep | None = None
         self._serial = 0
@@ -66,16 +78,41 @@ class Whole:
             accumulated: Keeps fresh gradients apart from those that are there: see ``training.gradients.Stash``.
 
         Returns:
-            What it returned; tensors of other ranks are remote, until the next step.
+            What it returned; tensors of other ranks are remote, until :meth:`end`.
         """
         self._serial += 1
         whole = WholeStep(self.stage, self.mailbox.rank == 0, self.interception, self.device, self.derivations)
-        turns = self._turns = whole.peers = _Turns(self, whole, self._serial, accumulated)
-        self.step = whole
-        with self.mailbox.guarded(lambda: "the step"), self.interception.batch():
-            turns.begin()
-            out = whole.run(step)
-            whole.turn(_NOBODY)
+        whole.peers = self._turns = _Turns(self, whole, self._serial, accumulated)
+        whole.homes = {id(t): (t, self.homes[name]) for name, t in named_tensors(self.root) if name in self.homes}
+        return self._run(self._turns, step, "the step")
+
+    def draw_on(self) -> None:
+        """In a step: random numbers go on from rank 0's generators, which has drawn some by itself."""
+        assert self._turns is not None
+        self._turns.draw_on()
+
+    def has_made(self, tensor: Tensor) -> bool:
+        """Whether it comes from what this rank has run of the step that has ended last."""
+        return self._turns is not None and id(tensor) in self._turns.step.made
+
+    def go_on(self, made: Tensor, now: Tensor, run: Callable[[Tensor], Any]) -> None:
+        """Go on with the step that has ended last, on every rank.
+
+        Args:
+            made: A tensor that it has returned.
+            now: What has become of it since, outside of the step; its graph is on the rank that has made it.
+            run: Is given that as a part of the step.
+        """
+        turns = self._turns
+        assert turns is not None
+        self._run(turns, lambda: run(turns.step.taken_up(made, now)), "the backward pass")
+
+    def _run(self, turns: "_Turns", function: Callable[[], Any], what: str) -> Any:
+        self.step = turns.step
+        with self.mailbox.guarded(lambda: what), self.recompute.batch(), self.interception.batch():
+            turns.draw_on()
+            out = turns.step.run(function)
+            turns.step.turn(turns.step.at)
         self.step = None
         return out
 
@@ -110,7 +147,7 @@ class _Turns:
     def __init__(self, whole: Whole, step: WholeStep, serial: int, accumulated: Any) -> None:
         self.whole, self.step, self.serial, self.accumulated = whole, step, serial, accumulated
         self.mailbox, self.device = whole.mailbox, whole.device
-        self.stages: list[int] = []  # of the segments that have ended
+        self.stages: list[int | None] = []  # of the segments that have ended; none where nothing was made
         self._told: Trace | None = None  # of the present segment
         self._after: Any = None  # the states of generators at its end
         self._data: dict[Name, tuple[Tensor, Meta]] = {}
@@ -119,20 +156,20 @@ class _Turns:
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def draw_on(self) -> None:
         """Random numbers go on from rank 0's generators."""
         key = ("generators", self.serial)
         self._adopt(self.mailbox.broadcast(key, self._generators(), what="the states of random generators"))
 
     def turn(self, stage: int) -> None:
         """End the present segment."""
+        trace = self.step.trace
         if self.step.at == self.step.stage:
-            told = self.step.trace, self._generators()
-            self.mailbox.post_all("segment", (self.serial, self.step.segment), told)
+            self.mailbox.post_all("segment", (self.serial, self.step.segment), (trace, self._generators()))
         else:
-            self._hear()
+            trace = self._hear()
             self._adopt(self._after)
-        self.stages.append(self.step.at)
+        self.stages.append(self.step.at if trace else None)
         self._told = None
 
     def _hear(self) -> Trace:
@@ -170,6 +207,9 @@ class _Turns:
             arrivals[name] = Arrival(name, remote.stage, data.detach(), meta, pulled=True)
         return join(arrivals[name], True)
 
+    def know(self, name: Name, value: Tensor, meta: Meta) -> None:
+        self._data[name] = value.detach(), meta
+
     def joined(self, made: Made) -> Tensor:
         arrivals = self._arrivals[self.step.segment]
         if made.name not in arrivals:
@@ -189,7 +229,8 @@ class _Turns:
         if answer is None:
             raise PipelineError(
                 f"{tell(remote.label)} was changed in place on rank {rank} before it was looked at on rank "
-                f"{self.mailbox.rank}: in manual optimization make a new tensor (`x = x + y` for `x += y`)"
+                f"{self.mailbox.rank}: where ranks take turns (manual optimization, schedule='sequential'), make a new "
+                "tensor (`x = x + y` for `x += y`)"
             )
         flat, meta = answer
         self._data[remote.label] = from_wire(flat, meta, self.device), meta
@@ -207,19 +248,33 @@ class _Turns:
         for arrivals in self._arrivals.values():
             for arrival in arrivals.values():
                 arrival.gradient = None
-        for segment in reversed(range(len(self.stages))):
-            rank = self.whole.ranks[self.stages[segment]]
+        shared = [
+            (n, p) for n, p in self.whole.root.named_parameters() if self.mailbox.rank in self.whole.shared.get(n, ())
+        ]
+        for segment, stage in reversed(list(enumerate(self.stages))):
+            if stage is None:
+                continue
+            rank = self.whole.ranks[stage]
             key = (self.serial, self._backwards, segment)
             if rank == self.mailbox.rank:
+                before = [(name, _Grad(parameter)) for name, parameter in shared]
                 returned = self._backward(segment, gradients, retain_graph)
+                # each adds to what has come before, wherever that was: in the order of one device
+                changed = [(name, grad.parameter.grad) for name, grad in before if grad.is_another()]
+                totals = {name: to_wire(grad) for name, grad in changed if grad is not None}
                 for other in range(self.mailbox.world):
                     if other != rank:
-                        self.mailbox.post(other, "whole-gradients", key, returned[other])
+                        theirs = {name: flat for name, flat in totals.items() if other in self.whole.shared[name]}
+                        self.mailbox.post(other, "whole-gradients", key, (returned[other], theirs))
             else:
                 what = f"the gradients of {self.mailbox.names[rank]}"
-                for name, flat, stride in self.mailbox.take("whole-gradients", key, what, rank):
+                coming, totals = self.mailbox.take("whole-gradients", key, what, rank)
+                for name, flat, stride in coming:
                     meta = Meta.of(self.step.by_name[name].tensor)._replace(stride=stride)
                     self._add(gradients, name, from_wire(flat, meta, self.device))
+                for name, parameter in shared:
+                    if name in totals:
+                        parameter.grad = from_wire(totals[name], Meta.of(parameter.detach()), self.device)
         self.accumulated.end()
         self.accumulated.hand_over()
 
@@ -229,14 +284,32 @@ class _Turns:
         names = [name for name in gradients if self.step.by_name[name].segment == segment]
         roots = [self.step.by_name[name].tensor for name in names]
         if roots:
-            torch.autograd.backward(roots, [gradients.pop(name) for name in names], retain_graph=retain_graph)
+            own = [gradients.pop(name) for name in names]
+            hooked = []
+            for parameter in self.accumulated.parameters:
+                if parameter.grad is None or not parameter.requires_grad:
+                    continue
+                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                    hooked.append(_Grad(parameter))
+                    continue
+                # first what later segments have given: one device adds up all uses of a weight one after another
+                roots.append(parameter)
+                own.append(parameter.grad)
+                parameter.grad = None
+            torch.autograd.backward(roots, own, retain_graph=retain_graph)
+            if any(grad.is_another() for grad in hooked):
+                raise PipelineError(
+                    "a weight with a hook on its gradient (`register_hook`) is used in several turns of a step, and "
+                    "the hook would be called for each: do its work in `on_after_backward`, on `weight.grad`"
+                )
         for earlier in range(segment):
             for arrival in self._arrivals[earlier].values() if earlier in self._arrivals else ():
                 if arrival.gradient is not None:
                     raise PipelineError(
                         f"something made from {tell(arrival.name)}, before layers of another rank ran, has come into a "
                         "later layer otherwise than as an argument (in a closure or an attribute), so its gradient "
-                        "would be lost: in manual optimization give it to that layer as an argument"
+                        "would be lost: where ranks take turns (manual optimization, schedule='sequential'), give it "
+                        "to that layer as an argument"
                     )
         returned: dict[int, list[Any]] = defaultdict(list)
         for arrival in arrivals:
@@ -253,3 +326,16 @@ class _Turns:
     @staticmethod
     def _add(gradients: dict[Name, Tensor], name: Name, gradient: Tensor) -> None:
         gradients[name] = gradients[name] + gradient if name in gradients else gradient
+
+
+class _Grad:
+    """A gradient as it is now."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter, self.grad = parameter, parameter.grad  # held: another tensor cannot take its place in memory
+        self.version = 0 if self.grad is None else version(self.grad)
+
+    def is_another(self) -> bool:
+        """Whether something has been added since."""
+        now = self.parameter.grad
+        return now is not self.grad or (now is not None and version(now) != self.version)

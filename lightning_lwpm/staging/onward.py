@@ -77,7 +77,7 @@ class EvaluatedStep(StagedStep):
             raise ConfigurationError(
                 f"layer '{unit.name}' leaves something on itself (in an attribute or a buffer) for its next call in "
                 "this step of evaluation, which runs the model several times: no other rank knows of it. Give it an "
-                "object to keep that in (as a cache of keys and values), or run on one device."
+                "object to keep that in (as a cache of keys and values), or pass schedule='sequential'."
             )
         return super().call(unit, module, partial(self._with_lent, unit, module, forward), args, kwargs)
 
@@ -144,7 +144,8 @@ class EvaluatedStep(StagedStep):
             if not torch.equal(before, lent[name]):
                 raise ConfigurationError(
                     f"'{unit.name}.{name}' changes in a step of evaluation that runs the model several times (as "
-                    "BatchNorm does in training mode): call `eval()` on that layer, or run the model once."
+                    "BatchNorm does in training mode): call `eval()` on that layer, run the model once, or pass "
+                    "schedule='sequential'."
                 )
         return out
 

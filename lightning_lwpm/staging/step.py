@@ -155,12 +155,14 @@ class StagedStep(TorchFunctionMode):
                     f"layer '{unit.name}' of stage {stage} was called again after a layer of stage {self.at}, though "
                     "not in the step that was looked at before training, on the first batch. Where only some batches "
                     "run layers again (scheduled sampling), let the first one do so too (`if batch_idx == 0 or ...`): "
-                    "the model is then partitioned for that."
+                    "the model is then partitioned for that. Or pass schedule='sequential', which takes any order, and "
+                    "saves memory, not time."
                 )
             raise PipelineError(
                 f"layer '{unit.name}' of stage {stage} was called after a layer of stage {self.at}: the step called "
                 "its layers in another order than when it was partitioned. Name the layers that begin a stage in "
-                "`partition=[...]` so that those called in changing order share a stage."
+                "`partition=[...]` so that those called in changing order share a stage, or pass "
+                "schedule='sequential': it takes any order, and saves memory, not time."
             )
         if stage > self.stage:
             self._leave()
@@ -335,7 +337,8 @@ class StagedStep(TorchFunctionMode):
         if self.closed:
             raise PipelineError(
                 f"a tensor of stage {remote.stage} ({remote!r}) is used after its micro-batch has ended: a step may "
-                "not keep tensors of other stages for later steps; keep a value made in the step's own code instead"
+                "not keep tensors of other stages for later steps; keep a value made in the step's own code instead, "
+                "or pass schedule='sequential'"
             )
         entered = not self.inside
         if entered:

@@ -1,4 +1,4 @@
-"""The user's step, run from its first line to its last on every rank: for steps that make backward passes themselves.
+"""The user's step, run from its first line to its last on every rank, backward passes included.
 
 ::
 
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lwpm.errors import PipelineError
+from lightning_lwpm.staging.beside import Attributes, Objects
 from lightning_lwpm.staging.functions import HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
-from lightning_lwpm.staging.placeholder import Placeholder, is_placeholder
+from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.record import Key, Record, observe, version
-from lightning_lwpm.staging.remote import Name, Remote, asked, is_metadata
+from lightning_lwpm.staging.remote import Meta, Name, Remote, asked, is_metadata
 from lightning_lwpm.staging.sites import Site
 from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.transforms import check_transforms
@@ -36,6 +37,9 @@ from lightning_lwpm.staging.tree import map_tensors, tensors
 from lightning_lwpm.staging.ways import arrival_of, check_way
 
 __all__ = ["Made", "Others", "WholeStep"]
+
+_TAKEN_UP = Name("loss", -1, 0, 0)
+"""Of what was made outside of the step."""
 
 
 class Made(NamedTuple):
@@ -55,6 +59,9 @@ class Others(Protocol):
 
     def value(self, remote: Remote) -> Tensor:
         """The data of a remote tensor, joined to the graph of the present segment."""
+
+    def know(self, name: Name, value: Tensor, meta: Meta) -> None:
+        """The data of a tensor of another stage is here."""
 
     def joined(self, made: Made) -> Tensor:
         """A tensor of an earlier segment of this rank, joined to the graph of the present one."""
@@ -78,6 +85,7 @@ class WholeStep(StagedStep):
 
     Attributes:
         segment: The number of the present segment.
+        homes: By ``id``, each weight, and buffer that is not everywhere, and the stages that hold it.
         made: By ``id``, the tensors that this rank has made.
         by_name: The same by name.
     """
@@ -94,6 +102,7 @@ class WholeStep(StagedStep):
     ) -> None:
         super().__init__(stage, last, interception, None, device, None, derivations)  # type: ignore[arg-type]
         self.segment = 0
+        self.homes: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self.made: dict[int, Made] = {}
         self.by_name: dict[Name, Made] = {}
         self._touched: list[Remote] = []
@@ -117,6 +126,11 @@ class WholeStep(StagedStep):
             for (store, name, before), tensor in zip(made, joined, strict=True):
                 if store[name] is tensor:
                     store[name] = before
+
+    @override
+    def run(self, step: Callable[[], Any]) -> Any:
+        self.inside = False  # it may go on after its end
+        return super().run(step)
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -158,6 +172,22 @@ class WholeStep(StagedStep):
 
         return run
 
+    def taken_up(self, made: Tensor, now: Tensor) -> Tensor:
+        """What has become, outside of the step, of a tensor that it has made, as a part of the step.
+
+        Args:
+            made: The tensor, as this rank has it.
+            now: The other; its graph is on the rank that has made the tensor.
+        """
+        if type(made) is Remote:
+            meta = Meta.of(now)._replace(requires_grad=made.requires_grad)
+            self.peers.know(_TAKEN_UP, now, meta)
+            return Remote(meta, self.device, _TAKEN_UP, made.stage, self)
+        if id(made) in self.made:
+            segment = self.made[id(made)].segment  # its graph goes through that one's
+            self.made[id(now)] = self.by_name[_TAKEN_UP] = Made(now, _TAKEN_UP, segment, version(now))
+        return now
+
     # -- functions between layers --------------------------------------------------------------------------------
 
     @override
@@ -170,17 +200,25 @@ class WholeStep(StagedStep):
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
         if func is torch.autograd.backward:
-            raise PipelineError("`torch.autograd.backward` inside the step: call `self.manual_backward(loss)` instead")
+            raise PipelineError(
+                "`torch.autograd.backward` inside the step: call `self.manual_backward(loss)` instead, or "
+                "`loss.backward()` with automatic optimization"
+            )
         return self._function(func, types, args, kwargs)
 
     @override
     def _function(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         given = tensors((args, kwargs))
-        weights = any(isinstance(tensor, nn.Parameter | Placeholder) for tensor in given)
-        if not any(map(self._is_derived, given)) and (weights or func not in RANDOM):
-            return func(*args, **kwargs)  # alike on every rank, or each rank's affair with the weights that it holds
+        homes = [self.homes[id(tensor)][1] for tensor in given if id(tensor) in self.homes]
+        if not any(map(self._is_derived, given)):
+            if homes and (func in HOOKS or _is_for_each(func)):
+                return func(*args, **kwargs)  # each rank's affair with the weights that it holds
+            if not homes and func not in RANDOM:
+                return func(*args, **kwargs)  # alike on every rank
+        if homes:
+            self._go_home(func, homes)
         if func in VALUES:
-            args, kwargs = map_tensors(self._local, (args, kwargs))
+            args, kwargs = map_tensors(self._value, (args, kwargs))
             return func(*args, **kwargs)
         if func in HOOKS and type(args[0]) is not Remote:
             return func(*args, **kwargs)
@@ -197,6 +235,24 @@ class WholeStep(StagedStep):
             return self._real(key, called, func, args, kwargs, given)
         replay = lambda: func(*map_tensors(self._local, args), **map_tensors(self._local, kwargs))  # noqa: E731
         return self._ghost(key, called, given, replay if func is not torch.autograd.grad else None)
+
+    def _go_home(self, func: Any, homes: list[tuple[int, ...]]) -> None:
+        """A function of weights is run by a rank that holds them."""
+        if _is_for_each(func) and any(len(stages) > 1 for stages in homes):
+            raise PipelineError(
+                f"`{func.__name__}` between layers changes weights that several ranks hold: do it in "
+                "`on_train_batch_end`, or share no weights between these layers"
+            )
+        if not all(self.at in stages for stages in homes):
+            self.turn(next((s for s in homes[0] if all(s in stages for stages in homes)), homes[0][0]))
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """A tensor of which the values are looked at."""
+        return self._local(self._function(Tensor.clone, (), (tensor,), {}) if id(tensor) in self.homes else tensor)
+
+    @override
+    def _beside(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> Attributes:
+        return Objects(unit, module, (args, kwargs), self.made)
 
     def _is_derived(self, tensor: Tensor) -> bool:
         """Whether a tensor comes from layers or from torch's generator: then only one rank computes with it."""
@@ -217,8 +273,9 @@ class WholeStep(StagedStep):
         foreign = next((t for t in given if is_placeholder(t) and key[2]), None)
         if foreign is not None:
             raise PipelineError(
-                f"`{called}` between layers uses a parameter {tuple(foreign.shape)} that lives on another rank. Use it "
-                "in the `forward` of a layer, or name layers in `partition=[...]` so that it is where it is used."
+                f"`{called}` between layers uses a parameter {tuple(foreign.shape)} that lives on another rank than "
+                "others that it uses. Use it in the `forward` of a layer, or name layers in `partition=[...]` so that "
+                "they are on one rank."
             )
         before = [version(tensor) for tensor in given]
         out = self._run(func, args, kwargs)
@@ -234,8 +291,8 @@ class WholeStep(StagedStep):
             elif made is not None or changed.requires_grad or id(changed) in self._labels:
                 raise PipelineError(
                     f"`{called}` changes in place what was made before the last layer call of another rank, or gives a "
-                    "gradient to a tensor made by hand: in manual optimization make a new tensor (`torch.cat`, "
-                    "`torch.where`, `x = x + y`)"
+                    "gradient to a tensor made by hand: where ranks take turns (manual optimization, "
+                    "schedule='sequential'), make a new tensor (`torch.cat`, `torch.where`, `x = x + y`)"
                 )
             else:
                 plain.add(id(changed))  # every rank does the same to its own
@@ -303,12 +360,20 @@ class WholeStep(StagedStep):
             raise PipelineError("`backward` with `create_graph` or `inputs` cannot go through several ranks")
         if is_placeholder(loss) or not self._is_derived(loss) or not loss.requires_grad:
             raise PipelineError(
-                "`manual_backward` was given a loss that does not depend on the output of any trainable layer (it does "
-                "not require a gradient, or is made of weights alone). Compute it from the model's output, outside "
+                "`backward` (or `manual_backward`) was given a loss that does not depend on the output of any "
+                "trainable layer (it does not require a gradient). Compute it from the model's output, outside "
                 "`torch.no_grad()` and without `.detach()`."
             )
         if loss.numel() != 1 and gradient is None:
             raise PipelineError("`backward` of a loss of several elements: give it a mean or a sum")
         self.turn(self.at)
-        with self.paused():
+        with self.paused(), self.as_written.left():  # layers that are computed again run compiled, as they did
             self.peers.backward(loss, gradient, bool(retain_graph))
+
+
+def _is_for_each(func: Any) -> bool:
+    """Whether a function changes its first argument, by its name, or asks for what a weight has for itself."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") in ("data", "grad")
+    return name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1:] == "_" and name[-2:] != "__")

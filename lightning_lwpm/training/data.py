@@ -98,7 +98,7 @@ class Feed:
 
         Args:
             loader: The loader.
-            number: Of the batch in the iteration to come; of data without an index only the first can be read.
+            number: Of the batch in the iteration to come.
 
         Raises:
             StopIteration: where there is no such batch.
@@ -106,9 +106,7 @@ class Feed:
         dataset: Any = getattr(loader, "dataset", None)
         sampler = getattr(loader, "batch_sampler", None)
         if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
-            if number:
-                raise StopIteration
-            return loader.peek() if isinstance(loader, Source) else next(iter(loader))
+            return loader.peek(number) if isinstance(loader, Source) else next(islice(loader, number, None))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
         indices = next(islice(sampler, number, None))
         fetch = getattr(dataset, "__getitems__", None)

@@ -54,12 +54,19 @@ def _itself(loader: Any) -> Any:
 class Source(_Standing):
     """Iterates the real data and tells the other ranks, batch by batch, that there is one more."""
 
-    def peek(self) -> Any:
-        """The first batch of the iteration that has begun, or is about to; a stream read once loses nothing."""
+    def peek(self, number: int = 0) -> Any:
+        """A batch of the iteration that has begun, or is about to; a stream read once loses nothing.
+
+        Args:
+            number: Its number.
+
+        Raises:
+            StopIteration: if there are not as many, or those after the first have been taken.
+        """
         current = self._lwpm[3]
         if not current:
             current[:] = [_Items(super().__iter__(), pending=True)]  # type: ignore[misc]
-        return current[0].peek()
+        return current[0].peek(number)
 
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, current = self._lwpm
@@ -174,30 +181,31 @@ class _Window(_Iteration):
 
 
 class _Items:
-    """An iterator of which the first item can be looked at."""
+    """An iterator of which the items to come can be looked at, and the first one also later."""
 
     def __init__(self, iterator: Iterator[Any], pending: bool = False) -> None:
         self.iterator = iterator
         self.pending = pending  # looked at before anybody iterates: the next to iterate takes this one
-        self._first: list[Any] = []
-        self._waits = False
+        self._seen: list[Any] = []  # the first one, and those that have been looked at and not taken
+        self._taken = 0
 
-    def peek(self) -> Any:
-        """The first item, whether it has been taken or not."""
-        if not self._first:
-            self._first = [next(self.iterator)]
-            self._waits = True
-        return self._first[0]
+    def peek(self, number: int = 0) -> Any:
+        """An item; the first one whether it has been taken or not."""
+        while len(self._seen) <= number:
+            if self._taken > len(self._seen):
+                raise StopIteration
+            self._seen.append(next(self.iterator))
+        return self._seen[number]
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._waits:
-            self._waits = False
-            return self._first[0]
-        item = next(self.iterator)
-        self._first = self._first or [item]
+        item = self._seen[self._taken] if self._taken < len(self._seen) else next(self.iterator)
+        self._taken += 1
+        self._seen = self._seen or [item]
+        if self._taken == len(self._seen):
+            del self._seen[1:]
         return item
 
 

@@ -28,7 +28,7 @@ from lightning_lwpm.training.course import Course
 from lightning_lwpm.training.data import Feed
 from lightning_lwpm.training.metrics import metrics_of
 from lightning_lwpm.training.private import first_loaders, said_to_be_on, set_up_training_data
-from lightning_lwpm.training.pulled import Pulled
+from lightning_lwpm.training.pulled import LookedAt
 
 __all__ = ["STEPS", "Onlooker"]
 
@@ -60,6 +60,7 @@ class Onlooker:
         self.trainer, self.module, self.feed, self.name, self.device = trainer, module, feed, name, device
         self.reads, self.train = reads, name == "training_step"
         self.inside_fit = trainer.state.fn == TrainerFn.FITTING and not self.train
+        self.unfit = ""  # why no pipeline can run the step, if it is seen
         with self._stage():
             self.loaders = self._loaders()
             self.batch = self._read(0)
@@ -117,8 +118,8 @@ class Onlooker:
                 self._unoptimized(),
                 data_axis(),
             ):
-                pulls = self.feed.loop.pulls()
-                seen = self._first_trained(count, device, lambda x: step(Pulled(x) if pulls else x, *kwargs.values()))
+                given = lambda micro: self._given(micro, count, device)  # noqa: E731
+                seen = self._first_trained(count, device, lambda micro: step(given(micro), *kwargs.values()))
         finally:
             del module.__dict__["log"], module.__dict__["log_dict"]
             trainer.loggers = loggers
@@ -156,6 +157,19 @@ class Onlooker:
                 "to partition: begin with a batch that is trained on"
             )
         return max(seen, key=lambda probe: len(probe.timeline.calls))
+
+    def _given(self, micro: Any, count: int, device: torch.device) -> Any:
+        """What the step is given of a micro-batch."""
+        if not self.feed.loop.pulls():
+            return micro
+
+        def read(number: int) -> Any:
+            if number == 1:
+                self.unfit = f"`{self.name}` takes several batches from `dataloader_iter`"
+            batch = move_data_to_device(self._read(number), device)
+            return None if batch is None else Batch.of(batch, count).microbatch(0, private=True)
+
+        return LookedAt(micro, read)
 
     def _microbatches(self, count: int, device: torch.device) -> Iterator[Any]:
         """Those of the first batch, and of some more."""

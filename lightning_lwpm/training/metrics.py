@@ -42,23 +42,35 @@ class Metrics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.metrics = metrics_of(module)
+        self.module, self.metrics = module, metrics_of(module)
 
     def parts(self) -> list[nn.Module]:
         """The metrics and the modules within them."""
         return [part for metric in self.metrics for part in metric.modules()]
 
     @contextmanager
-    def in_step(self, step: StagedStep | None) -> Iterator[None]:
-        """While a step runs, metrics are no part of the model: not counted, not ghosted."""
+    def in_step(
+        self, step: StagedStep | None, told: Callable[[Callable[[], Any]], Any] | None = None
+    ) -> Iterator[None]:
+        """While a step runs, metrics are no part of the model: not counted, not ghosted.
+
+        Args:
+            step: The step.
+            told: Gives every rank what a function returns on the reporting one, where all run the step to its end.
+        """
+        if told is not None:  # all ranks run what is done with those made since, such as by `MetricTracker.increment`
+            self.metrics = metrics_of(self.module)
         if step is None or not self.metrics:
             yield
             return
         saved = []
         for metric in self.metrics:
-            for name in ("forward", "update"):
+            for name in ("forward", "update", "compute") if told is not None else ("forward", "update"):
                 saved.append((metric, name, metric.__dict__.get(name, _ABSENT)))
-                metric.__dict__[name] = self._stand_in(getattr(metric, name), step)
+                stand_in = self._stand_in(getattr(metric, name), step)
+                if told is not None and name != "update":
+                    stand_in = _told(stand_in, step, told)
+                metric.__dict__[name] = stand_in
         try:
             yield
         finally:
@@ -78,6 +90,14 @@ class Metrics:
             return step.aside(torch.tensor, 0.0)
 
         return unread
+
+
+def _told(stand_in: Callable[..., Any], step: StagedStep, told: Callable[[Callable[[], Any]], Any]) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # within another metric, or a layer, not all ranks come here
+        return stand_in(*args, **kwargs) if step.inside else told(lambda: stand_in(*args, **kwargs))
+
+    return run
 
 
 _ABSENT = object()

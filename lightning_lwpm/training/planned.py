@@ -111,6 +111,14 @@ class PlannedStrategy(StatefulStrategy, ABC):
         return self.schedule == "async" and self.world_size > 1
 
     @property
+    def _whole(self) -> bool:
+        """Whether every rank runs the user's whole step, in turns: see ``training.whole``."""
+        if self._planner is not None and self._planner.whole:
+            return True
+        assert self.lightning_module is not None
+        return self.schedule == "sequential" or not self.lightning_module.automatic_optimization
+
+    @property
     def plan(self) -> PartitionPlan | None:
         """Which stage runs which layers; ``None`` before the first run."""
         return self._planner.plan if self._planner is not None else None
@@ -146,14 +154,13 @@ class PlannedStrategy(StatefulStrategy, ABC):
         limits = self.mailbox.gather(("memory", self.next_turn()), limit, "the memory of all devices")
         assert self.lightning_module is not None
         factor = state_factor(self.optimizers) if self.world_size > 1 else 0.0  # it makes a step of their like
-        if not self.lightning_module.automatic_optimization:
-            if self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "async"):
-                rank_zero_warn(
-                    "with manual optimization a batch is whole and ranks take turns: `num_microbatches`, `schedule` "
-                    "and what goes with them have no effect"
-                )
-            return Wish(self.partition, 1, "gpipe", tuple(limits), factor, 1)
-        return Wish(
+        idle = self.num_microbatches not in ("auto", 1) or self.schedule not in ("auto", "sequential", "async")
+        if idle and not self.lightning_module.automatic_optimization:
+            rank_zero_warn(
+                "with manual optimization a batch is whole and ranks take turns: `num_microbatches`, `schedule` "
+                "and what goes with them have no effect"
+            )
+        wish = Wish(
             self.partition,
             self.num_microbatches,
             self.schedule,
@@ -163,6 +170,7 @@ class PlannedStrategy(StatefulStrategy, ABC):
             activation_checkpointing=self.activation_checkpointing,
             least_samples=self._least_samples(),
         )
+        return wish.in_turns() if self._whole else wish
 
     def _least_samples(self) -> int:
         """The fewest samples of a micro-batch, where the user leaves that open: one alone has no statistics."""
@@ -174,5 +182,5 @@ class PlannedStrategy(StatefulStrategy, ABC):
         plan = self.plan
         if self.world_size > 1 and plan is not None and plan.prediction is not None:
             return plan.prediction.num_microbatches, table_of(plan, plan.prediction.schedule)
-        count = 1 if self.num_microbatches == "auto" else self.num_microbatches
-        return count, "1f1b" if self.schedule in ("auto", "async") else self.schedule
+        count = 1 if self._whole or self.num_microbatches == "auto" else self.num_microbatches
+        return count, "1f1b" if self.schedule in ("auto", "sequential", "async") else self.schedule

@@ -47,6 +47,7 @@ class Planner:
 
     Attributes:
         plan: The latest plan.
+        whole: Whether every rank runs the user's whole step, in turns: asked for, or as no pipeline can run it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Planner:
     ) -> None:
         self.mailbox, self.transport, self.device, self.costs = mailbox, transport, device, costs
         self.plan: PartitionPlan | None = None
+        self.whole = False
         self._known: _Known | None = None
         self._choice: Choice | None = None  # on rank 0
         self._turn = 0
@@ -75,6 +77,7 @@ class Planner:
             return _whole(module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         wish = self._shared("wish", wish.resolved() if self.mailbox.rank == 0 else None, "what was asked for")
+        wish = wish.in_turns() if wish.whole else wish  # a plan's file may have said so
         name, reads = STEPS[trainer.state.fn], self.mailbox.rank == 0  # type: ignore[index]
         first = Onlooker(trainer, module, feed, name, self.device, reads)
         known = self._recall(module, fitting)
@@ -83,12 +86,14 @@ class Planner:
             if known is None:  # there is no batch, so nothing will run
                 return _whole(module)
             self._known = known
+        wish = wish.in_turns() if known.wish.whole else wish
+        self.whole = wish.whole
         if _unseen(module, known.seen):
             validates = fitting and trainer.enable_validation
             other = Onlooker(trainer, module, feed, "validation_step", self.device, first.reads) if validates else first
             if other.name not in known.steps:
                 known.steps.add(other.name)
-                seen = self._ask(other, 1)
+                seen = self._ask(other, 1, wish.whole)[0]
                 known.seen = _extended(module, known.seen, seen) if seen is not None else known.seen
         choice = None
         if self.mailbox.rank == 0:
@@ -124,7 +129,7 @@ class Planner:
             raise ConfigurationError("the data loader gives no batch, so there is nothing to look at")
         found: dict[int, Choice | ConfigurationError] = {}
         for number in devices:
-            wanted = replace(wish, limits=wish.limits[:1] * number)
+            wanted = replace(known.wish, limits=wish.limits[:1] * number)
             try:
                 found[number] = choose(known.looks, known.seen, number, known.samples, wanted, first.train)
             except ConfigurationError as error:
@@ -173,27 +178,30 @@ class Planner:
         seen: Probe | None = None
         looks = []
         for count in dict.fromkeys([few[len(few) // 2], many[-1]] if first.train else [1]):
-            probe = self._ask(first, count)
+            probe, why = self._ask(first, count, wish.whole)
             if probe is None:
                 return None
-            looks.append(Look((samples or 1) / count, probe.timeline, self._costs_of(first, probe)))
+            if why:
+                return self._learn(first, _without_pipeline(wish, why, self.mailbox.rank == 0), devices)
+            looks.append(Look((samples or 1) / count, probe.timeline, self._costs_of(first, probe, wish.whole)))
             seen = seen or replace(probe, segments=())
         assert seen is not None
         if first.reads:
             _tell_of_derivations(first.name, seen, max(devices))
         return _Known(weakref.ref(first.module), _form(first.module), {first.name}, seen, looks, samples, wish)
 
-    def _ask(self, onlooker: Onlooker, count: int) -> Probe | None:
-        """Rank 0 looks; the others hear what it saw, but for the segments."""
+    def _ask(self, onlooker: Onlooker, count: int, whole: bool) -> tuple[Probe | None, str]:
+        """Rank 0 looks; the others hear what it saw, but for the segments; and why no pipeline can run it, if so."""
         seen = onlooker.look(count) if onlooker.reads else None
-        if seen is not None and not onlooker.module.automatic_optimization:
-            seen = folded(seen)  # its optimizer's steps come between layer calls: each weight is on one rank
+        if seen is not None and whole:
+            seen = folded(seen)  # layers may come in any order, and again: each weight is on one rank
+        why = "" if whole else onlooker.unfit
         told = replace(seen, segments=()) if seen is not None else None
-        told = self._shared(onlooker.name, told, f"the description of `{onlooker.name}`")
-        return seen if onlooker.reads else told
+        told, why = self._shared(onlooker.name, (told, why), f"the description of `{onlooker.name}`")
+        return seen if onlooker.reads else told, why
 
-    def _costs_of(self, onlooker: Onlooker, seen: Probe) -> Costs:
-        if self.costs == "estimated" or not onlooker.module.automatic_optimization:
+    def _costs_of(self, onlooker: Onlooker, seen: Probe, whole: bool) -> Costs:
+        if self.costs == "estimated" or whole:
             return estimate(seen.timeline)
         cache = CostCache(environment(self.device, type(onlooker.trainer.precision_plugin).__name__))
         link = self._link(cache)
@@ -272,6 +280,26 @@ def _tell_of_derivations(name: str, seen: Probe, ranks: int) -> None:
             f"one stage. So {left}, and other devices stay idle.",
             stacklevel=2,
         )
+
+
+def _without_pipeline(wish: Wish, why: str, tells: bool) -> Wish:
+    """What is done instead of what was asked for, as no pipeline can run the step.
+
+    Raises:
+        ConfigurationError: where the user has named a schedule.
+    """
+    if wish.schedule != "auto":
+        raise ConfigurationError(
+            f"schedule={wish.schedule!r}: {why}, which no pipeline can run. Pass schedule='sequential' (every rank "
+            "runs the whole step and they take turns: it saves memory, not time), or change the step."
+        )
+    if tells:
+        warnings.warn(
+            f"{why}, which no pipeline can run. So every rank runs the whole step and they take turns, as with "
+            'schedule="sequential": the numbers are those of one device; it saves memory, not time.',
+            stacklevel=2,
+        )
+    return wish.in_turns()
 
 
 def _form(module: nn.Module) -> Any:

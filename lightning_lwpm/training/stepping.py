@@ -62,7 +62,7 @@ class SteppingStrategy(PlannedStrategy, ABC):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.stash.hand_over()
+        self.steps.backward(closure_loss, optimizer, *args, **kwargs)
         with self._norms():
             closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
         self.post_backward(closure_loss)

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_lwpm.pipeline.asynchronous.continuous import Work
 from lightning_lwpm.pipeline.engine import Engine
@@ -159,6 +160,17 @@ class Steps:
         brief = out.get("loss") if isinstance(out, Mapping) else out
         changes = attributes.changes() if attributes is not None else []
         return self._share(out, brief, self.book.merged(), changes)
+
+    def backward(self, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
+        """Where Lightning asks for the backward pass.
+
+        Args:
+            loss: The loss, as Lightning and the precision plugin have scaled it.
+            optimizer: As for Lightning's precision plugin, like all that follow.
+            args: The same.
+            kwargs: The same.
+        """
+        self.stash.hand_over()
 
     def arguments(self, batch: Any, args: tuple[Any, ...]) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
         """The batch, and what the user's step is given of a micro-batch.

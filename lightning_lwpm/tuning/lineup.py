@@ -22,7 +22,7 @@ __all__ = ["FEWEST", "MOST", "Lineup", "called_again", "lineups"]
 FEWEST = {"interleaved_1f1b": 2, "zbv": 2}
 """The stages that a rank needs for a schedule; one suffices for all others."""
 
-MOST = {"zbv": 2, "async": 1}
+MOST = {"zbv": 2, "sequential": 1, "async": 1}
 """The stages that a rank can have in a schedule; all others take any number."""
 
 
@@ -80,7 +80,7 @@ def called_again(look: Look, seen: Probe, wish: Wish, num_ranks: int) -> list[Li
         wish: What the user asked for.
         num_ranks: Number of ranks.
     """
-    if wish.partition != "auto" or wish.virtual_stages != "auto" or wish.schedule in (*FEWEST, "async"):
+    if wish.partition != "auto" or wish.virtual_stages != "auto" or wish.schedule in (*FEWEST, "sequential", "async"):
         return []
     found = again(look.timeline, look.costs.work, seen.parameters.values(), num_ranks)
     if found is None:

@@ -13,6 +13,9 @@ __all__ = ["SPLIT", "in_flight", "latency_of", "predict", "seconds_of", "shortes
 SPLIT = 0.06
 """A backward pass in two parts takes so much longer: 3 to 9 % were seen with a GPT of 8 blocks of width 256."""
 
+_LIKE_1F1B = ("sequential", "async")
+"""What is no order of actions of its own; a batch by itself goes by this one's."""
+
 
 @lru_cache(maxsize=4096)
 def in_flight(schedule: str, ranks: tuple[int, ...], num_microbatches: int) -> tuple[int, ...]:
@@ -20,11 +23,11 @@ def in_flight(schedule: str, ranks: tuple[int, ...], num_microbatches: int) -> t
 
     Args:
         schedule: Its name. ``"auto"`` keeps what there is room for; to see whether a plan fits, as few as ``"1f1b"``.
-            ``"async"`` is ``"1f1b"`` without an end.
+            ``"async"`` is ``"1f1b"`` without an end; ``"sequential"`` has one micro-batch.
         ranks: The rank of each stage.
         num_microbatches: Number of micro-batches.
     """
-    name = "1f1b" if schedule in ("auto", "async") else schedule
+    name = "1f1b" if schedule in ("auto", *_LIKE_1F1B) else schedule
     table = build(name, len(ranks), num_microbatches, max(ranks) + 1, ranks)
     return simulate(table, ranks).peak_kept
 
@@ -35,15 +38,15 @@ def table_of(plan: PartitionPlan, schedule: str) -> Callable[[int], Table]:
     Args:
         plan: The plan.
         schedule: Its name; ``"auto"`` orders actions by the seconds of the plan's stages and links, in the room that
-            devices have for micro-batches in flight. The table of ``"async"`` is that of a batch by itself.
+            devices have for micro-batches in flight. The table of ``"async"`` is that of a batch by itself, and so is
+            that of ``"sequential"``, which tells what passes take: the order is that of the user's step.
     """
     memory = Memory([stage.microbatch_bytes for stage in plan.stages], plan.room) if plan.room else None
 
     def table(count: int) -> Table:
         if schedule != "auto":
-            return build(
-                "1f1b" if schedule == "async" else schedule, len(plan.stages), count, plan.num_ranks, plan.ranks
-            )
+            name = "1f1b" if schedule in _LIKE_1F1B else schedule
+            return build(name, len(plan.stages), count, plan.num_ranks, plan.ranks)
         costs, latency = seconds_of(plan), latency_of(plan)
         return build("auto", len(plan.stages), count, plan.num_ranks, plan.ranks, costs, latency, memory)
 

@@ -17,7 +17,7 @@ class Wish:
     Args:
         partition: "auto", the layers that begin stages, the path of a plan, or a plan.
         num_microbatches: A number, or "auto".
-        schedule: A name, or "auto".
+        schedule: A name, or "auto"; "sequential" where every rank runs the user's whole step, in turns.
         limits: Bytes of each rank's device; infinite where there is no limit.
         state_factor: Bytes of optimizer state for each byte of trained parameters.
         virtual_stages: Stages a rank, or "auto": as many as the schedule needs.
@@ -35,6 +35,15 @@ class Wish:
     ranks: tuple[int, ...] | None = None
     activation_checkpointing: str = "none"
     least_samples: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank runs the user's whole step, in turns, and nothing is pipelined."""
+        return self.schedule == "sequential"
+
+    def in_turns(self) -> "Wish":
+        """The same without a pipeline: a batch is whole, and each layer has one place."""
+        return replace(self, schedule="sequential", num_microbatches=1, virtual_stages=1)
 
     def resolved(self) -> "Wish":
         """The same with the layers that a plan names, and what else it says where the user has left it open.

@@ -30,6 +30,9 @@ from lightning_lwpm import ConfigurationError, LWPMStrategy
             {"virtual_stages": 1, "schedule": "interleaved_1f1b"},
             ["virtual_stages=1", "at least 2", "'interleaved_1f1b'"],
         ),
+        ({"num_microbatches": 4, "schedule": "sequential"}, ["num_microbatches=4", "'sequential'", "in turns"]),
+        ({"virtual_stages": 2, "schedule": "sequential"}, ["virtual_stages=2", "'sequential'"]),
+        ({"timeline": "t.svg", "schedule": "sequential"}, ["timeline='t.svg'", "'sequential'"]),
         ({"virtual_stages": 3, "schedule": "zbv"}, ["virtual_stages=3", "needs 2 stages", '"1f1b"']),
         ({"activation_checkpointing": "all"}, ["activation_checkpointing='all'", "'none', 'layer', 'stage'"]),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "not built yet"]),
@@ -75,6 +78,30 @@ class ManualInPlace(Manual):
         self.manual_backward(hidden.mean())
 
 
+class Sampled(Classifier):
+    """Runs the model on its own output, in some batches only."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss, out, _ = self.loss(batch)
+        return loss + self(out.repeat(1, 2)).mean() if batch_idx else loss
+
+
+class Several(Classifier):
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+        return sum(self.loss(next(dataloader_iter)[0])[0] for _ in range(2))
+
+
+class Backward(Classifier):
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss > 0:
+            raise ValueError("no gradients today")
+
+
+class Hooking(Sampled):
+    def on_fit_start(self) -> None:
+        self.head.weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+
+
 class ManualDetached(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.manual_backward(self.loss(batch)[0].detach())
@@ -83,12 +110,6 @@ class ManualDetached(Manual):
 class ManualFunction(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         torch.autograd.backward(self.loss(batch)[0])
-
-
-class ManualWeights(Manual):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        loss = self.loss(batch)[0]
-        self.manual_backward(loss + self.inlet.weight.pow(2).sum() if batch_idx else loss)  # not when it was looked at
 
 
 class ManualRaises(Manual):
@@ -207,15 +228,20 @@ def unpicklable() -> DataLoader:
     )
 
 
+IN_TURNS = {"schedule": "sequential", "num_microbatches": "auto"}
 CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "unknown layer": (Classifier, {"partition": ["block.2"]}, ["block.2", "blocks.2"]),
     "no parameters": (Empty, {}, ["Empty", "no parameters"]),
     "manual without barriers": (Manual, {"schedule": "async"}, ["automatic_optimization=False", "'async'"]),
-    "manual, in place": (ManualInPlace, {}, ["in manual optimization make a new tensor"]),
+    "manual, in place": (ManualInPlace, {}, ["schedule='sequential'), make a new tensor"]),
     "manual, no gradient": (ManualDetached, {}, ["`manual_backward`", "`.detach()`"]),
     "manual, by a function": (ManualFunction, {}, ["`self.manual_backward(loss)`"]),
-    "manual, weights of another rank": (ManualWeights, {}, ["lives on another rank", "`partition=[...]`"]),
     "manual, an exception": (ManualRaises, {}, ["on one rank only"]),
+    "sequential, no gradient": (Detached, IN_TURNS, ["`backward`", "`.detach()`"]),
+    "sequential, a hook": (Hooking, IN_TURNS, ["`register_hook`", "several turns", "`on_after_backward`"]),
+    "sequential, an exception": (Backward, IN_TURNS, ["failed in the backward pass: ValueError: no gradients today"]),
+    "the model again in some batches": (Sampled, {}, ["called again after", "schedule='sequential'"]),
+    "several batches": (Several, {"schedule": "1f1b"}, ["schedule='1f1b'", "several batches", "schedule='sequential'"]),
     "detached loss": (Detached, {}, ["does not depend on", "detach"]),
     "constant loss": (Constant, {}, ["does not depend on"]),
     "no loss": (Nothing, {}, ["`training_step` returned dict", "with the key 'loss'", "or None"]),
