@@ -84,7 +84,7 @@ def unflatten(spec: Any, leaves: Iterator[Any]) -> Any:
         return type(context)(items)
     original, names = context
     if kind == "dataclass":
-        return _copy_with(original, dict(zip(names, items, strict=True)), object.__setattr__)
+        return _copy_with(original, dict(zip(names, items, strict=True)), _set_field)
     return _copy_with(original, dict(zip(names, items, strict=True)), lambda new, key, item: new.__setitem__(key, item))
 
 
@@ -125,7 +125,15 @@ def portable(spec: Any) -> Any:
 
 
 def _setter(kind: str) -> Callable[[Any, Any, Any], None]:
-    return object.__setattr__ if kind == "dataclass" else (lambda new, key, item: new.__setitem__(key, item))
+    return _set_field if kind == "dataclass" else (lambda new, key, item: new.__setitem__(key, item))
+
+
+def _set_field(new: Any, name: str, item: Any) -> None:
+    """Set a field of a dataclass past its descriptors: some check or convert what is set, and know no placeholders."""
+    if name in getattr(new, "__dict__", ()):
+        new.__dict__[name] = item
+    else:
+        object.__setattr__(new, name, item)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -81,6 +81,36 @@ def test_dataclasses_are_copied_with_all_they_hold() -> None:
     assert spec[1][0].x is None, "the shell that is sent holds no tensors"
 
 
+class Checked:
+    """A field that checks what is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return instance.__dict__[self.name] if instance is not None else None
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        assert value is None or value.dim() == 1
+        instance.__dict__[self.name] = value
+
+
+@dataclass
+class Picky:
+    """As the batches of some projects are."""
+
+    x: Tensor = Checked()  # type: ignore[assignment]
+
+
+def test_fields_that_check_what_is_set_take_placeholders() -> None:
+    value = Picky(torch.zeros(2))
+    spec = flatten(value, [])
+    assert unflatten(spec, iter(["anything"])).x == "anything"
+    assert value.x.tolist() == [0, 0]
+    with pytest.raises(AttributeError):
+        value.x = "anything"  # type: ignore[assignment]
+
+
 def test_mappings_with_their_own_class() -> None:
     value = UserDict(x=torch.zeros(1), n=3)
     new = map_tensors(lambda tensor: tensor + 1, value)
