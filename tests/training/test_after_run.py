@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import threading
+import warnings
 from typing import Any
 
 import lightning as L
@@ -138,3 +139,51 @@ def test_trainers_one_after_another_leave_nothing(runs: Runs) -> None:
     for found, held in runs.on(2, folds):
         same(expected, found)
         assert all(last <= second for second, last in zip(held[1], held[3], strict=True)), held
+
+
+class Anchors(L.LightningModule):
+    """A layer keeps tensors on itself, and makes them anew of what it has kept, as detectors do with anchors."""
+
+    class Layer(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 6)
+            self.anchors = [torch.ones(6), torch.ones(6)]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.anchors = [anchor.to(x.dtype) * 1 for anchor in self.anchors]
+            return super().forward(x) * self.anchors[0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([self.Layer() for _ in range(4)])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0]
+        for layer in self.layers:
+            x = x + layer(x)
+        self.log("loss", x.square().mean())
+        return x.square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def anchored(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, trainer = Anchors(), L.Trainer(**kwargs, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, train_loader(32), val_loader())
+        # a run of evaluation has one stage a rank, so it is cut elsewhere
+        found = trainer.validate(module, val_loader(), verbose=False)
+    told = [str(entry.message) for entry in caught if "anchors" in str(entry.message)]
+    return found, weights(module), [layer.anchors for layer in module.layers], told
+
+
+def test_what_layers_have_stored_is_there_after_a_run(runs: Runs) -> None:
+    """A rank that ran a layer first in the next run found a tensor of another rank's micro-batch, which had ended."""
+    one = runs.one(anchored, 2)
+    for found in runs.on(2, anchored, 2, schedule="interleaved_1f1b"):
+        same(one, found)

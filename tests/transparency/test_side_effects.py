@@ -89,7 +89,7 @@ def test_modules_that_are_imported_in_a_step_do_not_count(pool: Pool) -> None:
         import os
 
         h = model[0](batch)
-        if os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] != "1":
+        if os.environ.get("RANK") == "1":
             torch.zeros(3), torch.device("cpu")  # as the first line of many modules
         h = torch.tanh(h) + 1
         return model[2](model[1](h)).square().mean()
@@ -97,5 +97,5 @@ def test_modules_that_are_imported_in_a_step_do_not_count(pool: Pool) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
 
-    expected = pool.run(1, train_one_device, build, importing, batches(), 4, sgd)[0]
+    expected = train_single(build, importing, batches(), 4, sgd)
     compare(expected, pool.run(2, train_pipelined, build, importing, batches(), 4, "1f1b", ["2"], sgd))
