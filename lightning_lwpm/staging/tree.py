@@ -1,6 +1,7 @@
 """Nested values as (spec, leaves): tensors are leaves, everything else is the spec.
 
-Unlike ``torch.utils._pytree`` it opens dataclasses and any ``Mapping``, and its specs can be sent to another rank.
+Unlike ``torch.utils._pytree`` it opens dataclasses, distributions and any ``Mapping``, and its specs can be sent to
+another rank.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree  # registry of third-party nodes (transformers' ModelOutput, ...)
 
 __all__ = ["Opaque", "duplicate", "flatten", "is_plain", "map_tensors", "tensors", "unflatten"]
@@ -55,6 +57,9 @@ def flatten(value: Any, leaves: list[Tensor]) -> Any:
         names = [field.name for field in dataclasses.fields(value)]
         children = [flatten(getattr(value, name, None), leaves) for name in names]
         return ("dataclass", (value, names), children)
+    if isinstance(value, Distribution):  # as layers of variational autoencoders return
+        names = list(vars(value))
+        return ("dataclass", (value, names), [flatten(item, leaves) for item in vars(value).values()])
     if isinstance(value, Mapping):
         return ("mapping", (value, list(value)), [flatten(value[key], leaves) for key in value])
     if isinstance(value, tuple | list):

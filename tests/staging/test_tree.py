@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributions import Independent, Normal
 
 from lightning_lwpm.staging.tree import flatten, map_tensors, portable, tensors, unflatten
 
@@ -109,6 +110,16 @@ def test_fields_that_check_what_is_set_take_placeholders() -> None:
     assert value.x.tolist() == [0, 0]
     with pytest.raises(AttributeError):
         value.x = "anything"  # type: ignore[assignment]
+
+
+def test_distributions() -> None:
+    """A layer returned one, and to other ranks it was an object of an unknown class."""
+    value = Independent(Normal(torch.zeros(2, 3), torch.ones(2, 3)), 1)
+    leaves: list[Tensor] = []
+    spec = pickle.loads(pickle.dumps(portable(flatten(value, leaves))))
+    new = unflatten(spec, iter([leaf + 1 for leaf in leaves]))
+    assert (new.mean.tolist(), new.event_shape) == ([[1.0] * 3] * 2, (3,))
+    assert value.mean.tolist() == [[0.0] * 3] * 2
 
 
 def test_mappings_with_their_own_class() -> None:

@@ -142,7 +142,10 @@ def test_trainers_one_after_another_leave_nothing(runs: Runs) -> None:
 
 
 class Anchors(L.LightningModule):
-    """A layer keeps tensors on itself, and makes them anew of what it has kept, as detectors do with anchors."""
+    """A layer keeps tensors on itself, and makes them anew of what it has kept, as detectors do with anchors.
+
+    Code between layers notes something in a buffer, as mixtures of experts do.
+    """
 
     class Layer(torch.nn.Linear):
         def __init__(self) -> None:
@@ -156,11 +159,14 @@ class Anchors(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList([self.Layer() for _ in range(4)])
+        self.register_buffer("load", torch.zeros(6))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x = batch[0]
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x = x + layer(x)
+            if number == 0 and self.training:
+                self.load = 0.9 * self.load + 0.1 * x.detach().mean(0)
         self.log("loss", x.square().mean())
         return x.square().mean()
 
@@ -186,4 +192,6 @@ def test_what_layers_have_stored_is_there_after_a_run(runs: Runs) -> None:
     """A rank that ran a layer first in the next run found a tensor of another rank's micro-batch, which had ended."""
     one = runs.one(anchored, 2)
     for found in runs.on(2, anchored, 2, schedule="interleaved_1f1b"):
+        same(one, found)
+    for found in runs.on(2, anchored, 2, partition=["layers.2"]):
         same(one, found)
