@@ -115,7 +115,9 @@ class Feed:
         except StopIteration:
             raise
         except Exception:
-            if not number and isinstance(loader, Source) and iterates_itself(loader):  # such as one that reads several others
+            if (
+                not number and isinstance(loader, Source) and iterates_itself(loader)
+            ):  # such as one that reads several others
                 return loader.peek()
             raise
 
