@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lwpm.training.private import forget_indices
 from lightning_lwpm.training.random_state import after, generators, put_generators, same_generators
@@ -79,7 +79,7 @@ class Source(_Standing):
         if feed.aside is not None:
             return feed.aside(super().__iter__())  # type: ignore[misc]
         rounds[0] += 1
-        if not (current and current[0].pending):
+        if not (current and current[0].pending) or reads_again(self):
             # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
             current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
         current[0].pending = False
@@ -102,6 +102,15 @@ class Source(_Standing):
             count += 1
             yield item
         feed.mailbox.post_all("more", (stream, turn, count), None)
+
+
+def reads_again(loader: Source) -> bool:
+    """Whether what was looked at can be let go: then it is drawn anew, when one device draws it."""
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and not iterates_itself(loader)
+    )
 
 
 def iterates_itself(loader: Source) -> bool:

@@ -156,13 +156,24 @@ def plain_iterable(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, seeded(), Plain(), Plain(2))
 
 
+class Evaluating(Seeing):
+    """Has a layer that only evaluation uses, so that its first batch is looked at too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(6, 6)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return super().validation_step((self.extra(batch[0]), batch[1]), batch_idx)
+
+
 def batches_by_sampler(kwargs: dict[str, Any]) -> Any:
     """A sampler gives whole batches; what its first one draws was not drawn, so later epochs had another order."""
 
     def loader() -> DataLoader:
         return DataLoader(data(36), batch_size=None, sampler=BatchSampler(RandomSampler(range(36)), 8, False))
 
-    return fit(kwargs, seeded(), loader(), loader())
+    return fit(kwargs, seeded(Evaluating), loader(), loader(), num_sanity_val_steps=0)
 
 
 class Several(DataLoader):
