@@ -195,3 +195,32 @@ def test_what_layers_have_stored_is_there_after_a_run(runs: Runs) -> None:
         same(one, found)
     for found in runs.on(2, anchored, 2, partition=["layers.2"]):
         same(one, found)
+
+
+class Bare(Anchors):
+    """Normalisation without weights between layers, as in heads of self-supervised learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(6, affine=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = self.norm(self.layers[0](batch[0]))
+        for layer in self.layers[1:]:
+            x = x + layer(x)
+        return x.square().mean()
+
+    validation_step = training_step
+
+
+def bare(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, trainer = Bare(), L.Trainer(**kwargs, max_epochs=1)
+    trainer.fit(module, train_loader(32), val_loader())
+    return weights(module)
+
+
+def test_statistics_of_normalisation_without_weights(runs: Runs) -> None:
+    """Torch counts no change of them, so they were taken for constants, and rank 0 kept those of the beginning."""
+    for found in runs.on(2, bare, 1, partition=["layers.2"]):
+        same(runs.one(bare), found)
