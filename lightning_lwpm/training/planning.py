@@ -212,7 +212,6 @@ class Planner:
         told, why, count = self._shared(onlooker.name, (told, why, count), f"the description of `{onlooker.name}`")
         return seen if onlooker.reads else told, why, count
 
-
     def _costs_of(self, onlooker: Onlooker, seen: Probe, whole: bool) -> Costs:
         if self.costs == "estimated" or whole:
             return estimate(seen.timeline)
