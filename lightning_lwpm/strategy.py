@@ -35,6 +35,7 @@ from lightning_lwpm.training.recording import Recorder
 from lightning_lwpm.training.reviewing import Reviewer
 from lightning_lwpm.training.stepping import SteppingStrategy
 from lightning_lwpm.training.steps import Steps
+from lightning_lwpm.training.stored import tell_stored
 from lightning_lwpm.training.termination import Interruption, OrderlyInterrupt
 from lightning_lwpm.training.weights import Holders, copies, gather, holders, move
 from lightning_lwpm.training.whole import WholeSteps
@@ -280,6 +281,8 @@ class LWPMStrategy(SteppingStrategy):
     def _move_weights(self, before: Layout | None, after: Layout) -> None:
         """Bring weights, their copies in callbacks and optimizer states to the ranks that hold them from now on."""
         assert self.lightning_module is not None
+        if before is not None:
+            tell_stored(self.mailbox, self.next_turn(), self.lightning_module, before)
         old, new = holders(before, self.world_size), holders(after, self.world_size)
         move(self.mailbox, self.next_turn(), self.lightning_module, old, new, self.optimizers)
         for copy in self._copies:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -44,6 +45,13 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
         (n, m) for n, m in root.named_modules() if n and id(m) not in apart and next(m.parameters(), None) is not None
     ]
     versions = {n: (id(b), b._version) for n, b in root.named_buffers()}
+    # batch normalisation counts no changes of its statistics; with weights it is a layer, to which they belong
+    bare = {
+        f"{n}."
+        for n, m in root.named_modules()
+        if m._buffers and not any(p is not None for p in m._parameters.values())
+    }
+    values = {n: b.detach().clone() for n, b in root.named_buffers() if n[: n.rfind(".") + 1] in bare}
     recorder = Recorder(named, [tensor for _, tensor in every])
     counter = Counter(recorder)
     calls = recorder.calls
@@ -99,6 +107,8 @@ def probe(root: nn.Module, step: Callable[[], Any], outside: Sequence[nn.Module]
             recorder.undo_writes()
         changed = {n for n, b in root.named_buffers() if n in versions and (id(b), b._version) != versions[n]}
         changed |= recorder.written.keys() & versions.keys()
+        now = dict(root.named_buffers())
+        changed |= {n for n, b in values.items() if n in now and not torch.equal(b, now[n])}
         prepared = {names[m] for m in hooked if m in names and m._forward_pre_hooks}
         attributes = tuple((n, key) for n, key in stored() if n and id(root.get_submodule(n)) not in apart)
     if not calls:

@@ -1,6 +1,6 @@
 """A batch as every stage sees it: split into micro-batches, large leaves only where they are used."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,19 +8,22 @@ from torch import Tensor
 
 from lightning_lwpm.staging.placeholder import is_placeholder
 from lightning_lwpm.staging.remote import Meta, Name, Remote
+from lightning_lwpm.staging.samples import count_leaves, samples_of
 from lightning_lwpm.staging.tree import duplicate, flatten, map_tensors, unflatten
 
 __all__ = ["Batch"]
 
 _EVERYWHERE_INTEGER_BYTES = 4 << 20  # tokens, labels, masks: what is computed from them then needs no communication
 _EVERYWHERE_FLOAT_BYTES = 16 << 10
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 class Batch:
     """A batch split into micro-batches along its samples.
 
     Tensors of which the first dimension is the number of samples are split, and so are lists with one item a sample;
-    everything else goes whole to every micro-batch.
+    everything else goes whole to every micro-batch. What the samples are, see
+    :mod:`~lightning_lwpm.staging.samples`.
 
     Args:
         spec: The structure, from :func:`~lightning_lwpm.staging.tree.flatten`.
@@ -32,12 +35,12 @@ class Batch:
     def __init__(self, spec: Any, leaves: list[Tensor | Meta], num_microbatches: int, least: int = 1) -> None:
         self.spec, self.leaves = spec, leaves
         self.absent: dict[int, Tensor] = {}  # the placeholders that stood for leaves this rank was not given
-        self.samples = next((_shape(leaf)[0] for leaf in leaves if _shape(leaf)), None)
+        self.samples, self._items = samples_of(spec, leaves)
         count = 1 if self.samples is None else max(1, min(num_microbatches, self.samples // least))
         total = self.samples or count
         self.sizes = [total // count + (i < total % count) for i in range(count)]
         self.bounds = [(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(count)]
-        self._split = [self._splits(leaf) for leaf in leaves]
+        self._split = [i not in self._items and self._splits(leaf) for i, leaf in enumerate(leaves)]
         self._lists = _has_sequence(spec, self.samples)
 
     @classmethod
@@ -60,18 +63,37 @@ class Batch:
         total = sum(self.sizes)
         return [size / total for size in self.sizes]
 
+    def told(self) -> str:
+        """What is split and what is not, for people."""
+        other = {tuple(leaf.shape) for leaf, splits in zip(self.leaves, self._split, strict=True) if not splits}
+        whole = sorted(shape for shape in other if shape)
+        kept = f"; tensors of shape {', '.join(map(str, whole))} were not split" if whole and not self._items else ""
+        what = "items of its lists" if self._items else "rows of its first tensor"
+        return f"Taken for samples were the {self.samples} {what}{kept}."
+
+    def numbering(self) -> tuple[int, ...] | None:
+        """The shape of a tensor that is not split and seems to number rows of those that are, or to count them.
+
+        So are graphs and sequences packed: edges as pairs of nodes, the place or the length of each sequence.
+        """
+        if self.samples is None or self._items:
+            return None
+        for leaf, splits in zip(self.leaves, self._split, strict=True):
+            if not splits and isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and leaf.dim() and leaf.numel():
+                last = int(leaf.max())
+                if self.samples in (last, last + 1) or (leaf.dim() == 1 and int(leaf.sum()) == self.samples):
+                    return _shape(leaf)
+        return None
+
     def structure(self) -> Hashable:
         """What the batch is made of, without sizes."""
         return _kinds(self.spec), tuple((len(_shape(leaf)), leaf.dtype) for leaf in self.leaves)
 
     def signature(self, i: int) -> Hashable:
         """What micro-batch ``i`` is made of, with sizes."""
-        low, high = self.bounds[i]
-        shapes = tuple(
-            ((high - low, *_shape(leaf)[1:]) if self._splits(leaf) else _shape(leaf), leaf.dtype)
-            for leaf in self.leaves
-        )
-        return _kinds(self.spec), shapes
+        spec, numbers = self._cut(i)
+        shapes = tuple((self._shape(number, i), self.leaves[number].dtype) for number in numbers)
+        return _kinds(spec), shapes
 
     def microbatch(self, i: int, device: torch.device | None = None, owner: Any = None, private: bool = False) -> Any:
         """Micro-batch ``i``, in the structure of the batch; absent leaves are remote tensors of ``owner``.
@@ -85,10 +107,9 @@ class Batch:
         """
         if len(self) == 1 and not any(isinstance(leaf, Meta) for leaf in self.leaves):
             value = unflatten(self.spec, iter(self.leaves))
-        elif not self._lists:
-            value = unflatten(self.spec, iter([self._part(k, i, device, owner) for k in range(len(self.leaves))]))
         else:
-            value = unflatten(*self._cut(self.spec, iter(range(len(self.leaves))), i, device, owner))
+            spec, numbers = self._cut(i)
+            value = unflatten(spec, iter([self._part(number, i, device, owner) for number in numbers]))
         return map_tensors(lambda leaf: leaf if type(leaf) is Remote else duplicate(leaf), value) if private else value
 
     def leaf(self, index: int, i: int) -> Tensor:
@@ -115,30 +136,33 @@ class Batch:
         leaf = self.leaves[index]
         if not isinstance(leaf, Meta):
             return self.leaf(index, i)
-        shape = (self.sizes[i], *leaf.shape[1:]) if self._split[index] else leaf.shape
-        return Remote(leaf._replace(shape=shape), device, Name("batch", 0, 0, index), -1, owner)
+        return Remote(leaf._replace(shape=self._shape(index, i)), device, Name("batch", 0, 0, index), -1, owner)
 
-    def _cut(self, spec: Any, numbers: Iterator[int], i: int, device: Any, owner: Any) -> tuple[Any, Iterator[Any]]:
-        out: list[Any] = []
-        return self._cut_node(spec, numbers, i, device, owner, out), iter(out)
+    def _shape(self, index: int, i: int) -> tuple[int, ...]:
+        """The shape of the part of a leaf that belongs to micro-batch ``i``."""
+        shape = _shape(self.leaves[index])
+        return (self.sizes[i], *shape[1:]) if self._split[index] and len(self) > 1 else shape
 
-    def _cut_node(self, spec: Any, numbers: Iterator[int], i: int, device: Any, owner: Any, out: list[Any]) -> Any:
+    def _cut(self, i: int) -> tuple[Any, Sequence[int]]:
+        """The structure of micro-batch ``i``, and the numbers of its leaves."""
+        if not self._lists or len(self) == 1:
+            return self.spec, range(len(self.leaves))
+        numbers: list[int] = []
+        return self._cut_node(self.spec, iter(range(len(self.leaves))), i, numbers), numbers
+
+    def _cut_node(self, spec: Any, leaves: Iterator[int], i: int, numbers: list[int], item: bool = False) -> Any:
         if spec is None:
-            out.append(self._part(next(numbers), i, device, owner))
+            numbers.append(next(leaves))
             return None
         kind, context, children = spec
         if children is None:
             return spec
-        low, high = self.bounds[i]
-        parts = [(child, [next(numbers) for _ in range(_count(child))]) for child in children]
-        if kind in (list, tuple) and len(children) == self.samples and not self._is_container(parts):
-            parts = parts[low:high]
-        cut = [self._cut_node(child, iter(own), i, device, owner, out) for child, own in parts]
-        return (kind, context, cut)
-
-    def _is_container(self, parts: list[tuple[Any, list[int]]]) -> bool:
-        """Whether a sequence as long as the batch holds whole tensors of the batch, not one item a sample."""
-        return any(self._splits(self.leaves[index]) for _, own in parts for index in own)
+        parts = [(child, [next(leaves) for _ in range(count_leaves(child))]) for child in children]
+        of_samples = kind in (list, tuple) and len(children) == self.samples and not item
+        if of_samples and self._items.issuperset(index for _, own in parts for index in own):
+            low, high = self.bounds[i]
+            parts, item = parts[low:high], True
+        return (kind, context, [self._cut_node(child, iter(own), i, numbers, item) for child, own in parts])
 
 
 def _shape(leaf: Tensor | Meta) -> tuple[int, ...]:
@@ -161,12 +185,6 @@ def _has_sequence(spec: Any, length: int | None) -> bool:
     kind, _, children = spec
     here = kind in (list, tuple) and len(children) == length
     return here or any(_has_sequence(child, length) for child in children)
-
-
-def _count(spec: Any) -> int:
-    if spec is None:
-        return 1
-    return sum(map(_count, spec[2])) if spec[2] is not None else 0
 
 
 def _kinds(spec: Any) -> Hashable:

@@ -239,14 +239,19 @@ class StagedStep(TorchFunctionMode):
             given: list[Tensor] = []
             if Remote in types or not self.last or func is torch.autograd.grad:
                 args, kwargs, given = self._given(args, kwargs)
+            if not given and not self.last and func not in RANDOM:
+                return self._run(func, args, kwargs)
             if func in VALUES:
                 self.keep((args, kwargs))
             self.index += 1
             return self._real((self.unit, self.occurrence, self.index), _called(func), func, args, kwargs, given)
-        self.index += 1
-        key = (self.unit, self.occurrence, self.index)
         arguments: list[Tensor] = []
         flatten((args, kwargs), arguments)
+        if not arguments and func not in RANDOM:
+            # each rank calls it itself, so it is not counted: one that imports a module in the step may call some more
+            return func(*args, **kwargs)
+        self.index += 1
+        key = (self.unit, self.occurrence, self.index)
         remote = False
         for tensor in arguments:
             kind = type(tensor)

@@ -1,6 +1,7 @@
 """Nested values as (spec, leaves): tensors are leaves, everything else is the spec.
 
-Unlike ``torch.utils._pytree`` it opens dataclasses and any ``Mapping``, and its specs can be sent to another rank.
+Unlike ``torch.utils._pytree`` it opens dataclasses, distributions and any ``Mapping``, and its specs can be sent to
+another rank.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree  # registry of third-party nodes (transformers' ModelOutput, ...)
 
 __all__ = ["Opaque", "duplicate", "flatten", "is_plain", "map_tensors", "tensors", "unflatten"]
@@ -55,6 +57,9 @@ def flatten(value: Any, leaves: list[Tensor]) -> Any:
         names = [field.name for field in dataclasses.fields(value)]
         children = [flatten(getattr(value, name, None), leaves) for name in names]
         return ("dataclass", (value, names), children)
+    if isinstance(value, Distribution):  # as layers of variational autoencoders return
+        names = list(vars(value))
+        return ("dataclass", (value, names), [flatten(item, leaves) for item in vars(value).values()])
     if isinstance(value, Mapping):
         return ("mapping", (value, list(value)), [flatten(value[key], leaves) for key in value])
     if isinstance(value, tuple | list):
@@ -84,7 +89,7 @@ def unflatten(spec: Any, leaves: Iterator[Any]) -> Any:
         return type(context)(items)
     original, names = context
     if kind == "dataclass":
-        return _copy_with(original, dict(zip(names, items, strict=True)), object.__setattr__)
+        return _copy_with(original, dict(zip(names, items, strict=True)), _set_field)
     return _copy_with(original, dict(zip(names, items, strict=True)), lambda new, key, item: new.__setitem__(key, item))
 
 
@@ -125,7 +130,15 @@ def portable(spec: Any) -> Any:
 
 
 def _setter(kind: str) -> Callable[[Any, Any, Any], None]:
-    return object.__setattr__ if kind == "dataclass" else (lambda new, key, item: new.__setitem__(key, item))
+    return _set_field if kind == "dataclass" else (lambda new, key, item: new.__setitem__(key, item))
+
+
+def _set_field(new: Any, name: str, item: Any) -> None:
+    """Set a field of a dataclass past its descriptors: some check or convert what is set, and know no placeholders."""
+    if name in getattr(new, "__dict__", ()):
+        new.__dict__[name] = item
+    else:
+        object.__setattr__(new, name, item)
 
 
 def tensors(value: Any) -> list[Tensor]:

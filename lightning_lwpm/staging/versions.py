@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_lwpm.staging.contents import containers, content_of, fill
 from lightning_lwpm.staging.layout import Layout
 from lightning_lwpm.staging.placeholder import is_placeholder, placeholder_like
+from lightning_lwpm.staging.remote import Remote
 from lightning_lwpm.staging.tree import duplicate
 
 __all__ = ["NOT_STATE", "Versions"]
@@ -48,6 +49,12 @@ class Versions:
         self._own: dict[int, dict[int, tuple[Any, Any]]] = {}  # by stage: what it has changed of that
         self._buffers: dict[int, list[tuple[Slot, Any]]] = {}  # by stage: its versions of common buffers
         self._foreign: dict[int, list[Slot]] = {}
+        self._absent = [
+            (module._buffers, key, buffer)
+            for module in root.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and is_placeholder(buffer)
+        ]
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -102,7 +109,17 @@ class Versions:
 
     def of(self, stage: int) -> AbstractContextManager[None]:
         """Run a step of a stage, or its backward pass, within the stage's version."""
-        return self._of(stage) if self.stages else nullcontext()
+        return self._of(stage) if self.stages else self._kept_absent() if self._absent else nullcontext()
+
+    @contextmanager
+    def _kept_absent(self) -> Iterator[None]:
+        """Code between layers may store results of other stages in buffers of theirs, until the step ends."""
+        try:
+            yield
+        finally:
+            for store, key, placeholder in self._absent:
+                if type(store.get(key)) is Remote:
+                    store[key] = placeholder
 
     @contextmanager
     def _of(self, stage: int) -> Iterator[None]:
@@ -113,7 +130,8 @@ class Versions:
         hidden = [(slot, self._swap(slot, self._shell(slot))) for slot in self._foreign[stage]]
         stored = [(slot, slot[0].get(slot[1], _ABSENT)) for slot in self._attributes(stage)]
         try:
-            yield
+            with self._kept_absent():
+                yield
         finally:
             for (store, key), value in stored + hidden:
                 if value is _ABSENT:

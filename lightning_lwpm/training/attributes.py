@@ -238,6 +238,8 @@ def _same(here: Any, there: Any) -> bool:
     """Whether a value of this rank is that of rank 0."""
     if type(here) is Tensor and type(there) is Tensor:
         return here.dtype == there.dtype and here.shape == there.shape and torch.equal(here.detach().cpu(), there)
+    if type(here) is type(there) and isinstance(here, list | tuple) and any(type(each) is Tensor for each in here):
+        return len(here) == len(there) and all(map(_same, here, there))
     image = _image(here, {})
     return type(here) is type(there) and image is not None and bool(image == _image(there, {}))
 

@@ -38,7 +38,7 @@ from lightning_lwpm.staging.batch import Batch
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.remote import Meta
 from lightning_lwpm.staging.tree import unflatten
-from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Stateless, Upcoming
+from lightning_lwpm.training.loaders import Proxy, Shadow, Source, Stateless, Upcoming, iterates_itself
 from lightning_lwpm.training.loop import Loop
 from lightning_lwpm.training.private import given
 from lightning_lwpm.training.pulled import Pulled
@@ -108,9 +108,18 @@ class Feed:
         if sampler is None or isinstance(dataset, IterableDataset) or not hasattr(loader, "collate_fn"):
             return loader.peek(number) if isinstance(loader, Source) else next(islice(loader, number, None))
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})  # its generator goes on as if nothing had been drawn
-        indices = next(islice(sampler, number, None))
         fetch = getattr(dataset, "__getitems__", None)
-        return loader.collate_fn(fetch(indices) if fetch else [dataset[i] for i in indices])
+        try:
+            indices = next(islice(sampler, number, None))
+            return loader.collate_fn(fetch(indices) if fetch else [dataset[i] for i in indices])
+        except StopIteration:
+            raise
+        except Exception:
+            if (
+                not number and isinstance(loader, Source) and iterates_itself(loader)
+            ):  # such as one that reads several others
+                return loader.peek()
+            raise
 
     @contextmanager
     def read_aside(self, read: Callable[[Iterator[Any] | None], Iterator[Any]]) -> Iterator[None]:

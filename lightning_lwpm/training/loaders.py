@@ -9,16 +9,21 @@
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
 from lightning_lwpm.training.private import forget_indices
+from lightning_lwpm.training.random_state import after, generators, put_generators, same_generators
 from lightning_lwpm.training.tickets import Key, Place, Ticket
 
 if TYPE_CHECKING:
     from lightning_lwpm.training.data import Feed
 
-__all__ = ["Proxy", "Shadow", "Source", "Stateless", "Upcoming"]
+__all__ = ["Proxy", "Shadow", "Source", "Stateless", "Upcoming", "iterates_itself"]
 
 
 class Proxy:
@@ -63,17 +68,18 @@ class Source(_Standing):
         Raises:
             StopIteration: if there are not as many, or those after the first have been taken.
         """
-        current = self._lwpm[3]
+        feed, _, _, current = self._lwpm
+        before = generators(feed.device)
         if not current:
             current[:] = [_Items(super().__iter__(), pending=True)]  # type: ignore[misc]
-        return current[0].peek(number)
+        return current[0].peek(number, feed.device, before)
 
     def __iter__(self) -> Iterator[Any]:
         feed, stream, rounds, current = self._lwpm
         if feed.aside is not None:
             return feed.aside(super().__iter__())  # type: ignore[misc]
         rounds[0] += 1
-        if not (current and current[0].pending):
+        if not (current and current[0].pending) or reads_again(self):
             # at once, not at the first batch: what a loader draws at its start is drawn when one device draws it
             current[:] = [_Items(super().__iter__())]  # type: ignore[misc]
         current[0].pending = False
@@ -96,6 +102,21 @@ class Source(_Standing):
             count += 1
             yield item
         feed.mailbox.post_all("more", (stream, turn, count), None)
+
+
+def reads_again(loader: Source) -> bool:
+    """Whether what was looked at can be let go: then it is drawn anew, when one device draws it."""
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and not iterates_itself(loader)
+    )
+
+
+def iterates_itself(loader: Source) -> bool:
+    """Whether the user's class of a loader has an ``__iter__`` of its own."""
+    kinds = (kind for kind in type(loader).__mro__ if "__iter__" in vars(kind) and kind is not Source)
+    return next(kinds) is not DataLoader
 
 
 _END = object()
@@ -188,25 +209,49 @@ class _Items:
         self.pending = pending  # looked at before anybody iterates: the next to iterate takes this one
         self._seen: list[Any] = []  # the first one, and those that have been looked at and not taken
         self._taken = 0
+        self._drawn: dict[int, Callable[[], None]] = {}  # by number of an item
 
-    def peek(self, number: int = 0) -> Any:
-        """An item; the first one whether it has been taken or not."""
+    def peek(self, number: int, device: torch.device, before: dict[str, Any]) -> Any:
+        """An item; the first one whether it has been taken or not.
+
+        Args:
+            number: Its number.
+            device: Of this rank.
+            before: Where random generators were. Who looks puts them back; who takes the item draws what it has drawn.
+        """
         while len(self._seen) <= number:
             if self._taken > len(self._seen):
                 raise StopIteration
             self._seen.append(next(self.iterator))
+            later = generators(device)
+            self._drawn[len(self._seen) - 1] = partial(_draw, device, before, later)
+            before = later
         return self._seen[number]
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        self._drawn.pop(self._taken, _nothing)()
         item = self._seen[self._taken] if self._taken < len(self._seen) else next(self.iterator)
         self._taken += 1
         self._seen = self._seen or [item]
         if self._taken == len(self._seen):
             del self._seen[1:]
         return item
+
+
+def _draw(device: torch.device, before: dict[str, Any], later: dict[str, Any]) -> None:
+    """Let random generators go on as if what was drawn between two places were drawn now."""
+    now = generators(device)
+    if same_generators(now, before):
+        put_generators(later, device)
+    elif (there := after(now, before, later)["torch"]) is not later["torch"]:
+        torch.set_rng_state(there)  # other loaders have drawn since
+
+
+def _nothing() -> None:
+    """What an item draws that nobody has looked at."""
 
 
 class Shadow(_Standing):

@@ -40,6 +40,7 @@ STEPS = {
 }
 _HOST = torch.device("cpu")
 _BATCHES = 8  # of which at most so many are looked at, where the step skips all before
+_WHOLE = "If samples cannot be told apart so, pass num_microbatches=1."
 
 
 class Onlooker:
@@ -70,17 +71,46 @@ class Onlooker:
         """Samples of the first batch, if it has any tensor."""
         return Batch.of(self.batch, 1).samples
 
-    def look(self, count: int) -> Probe | None:
+    def look(self, count: int, may_be_whole: bool = False) -> tuple[Probe | None, int]:
         """Run the step on its first micro-batch, or the first one that it does not skip by returning ``None``.
 
         Args:
             count: Number of micro-batches in training.
+            may_be_whole: Whether to run it on the whole batch where it does not run on a part.
 
         Returns:
-            What was seen; ``None`` if there is no batch.
+            What was seen, ``None`` if there is no batch; and of how many micro-batches.
         """
         if self.batch is None:
-            return None
+            return None, count
+        batch = Batch.of(self.batch, count)
+        if len(batch) == 1 or not self.train:
+            return self._look_somewhere(count), count
+        packed = batch.numbering()
+        strange = f"a tensor of shape {packed} seems to number rows of others" if packed is not None else ""
+        try:
+            if strange and may_be_whole:
+                raise ValueError(strange)
+            seen = self._look_somewhere(count)
+        except Exception as error:
+            reason = strange or f"{type(error).__name__}: {error}".partition("\n")[0]
+            told = f"`{self.name}` does not run on one of {len(batch)} parts of a batch ({reason}). {batch.told()}"
+            if not may_be_whole:
+                error.add_note(f"{told} {_WHOLE}")
+                raise
+        else:
+            if strange:
+                warnings.warn(f"In a batch {strange}. {batch.told()} {_WHOLE}", stacklevel=2)
+            return seen, count
+        seen = self._look_somewhere(1)
+        warnings.warn(
+            f"{told} So batches stay whole: devices take turns, which saves memory but no time. Let a batch be tensors "
+            "with one row, or lists with one item, for each sample, and its parts are computed at the same time.",
+            stacklevel=2,
+        )
+        return seen, 1
+
+    def _look_somewhere(self, count: int) -> Probe:
         try:
             return self._look(count, _HOST)
         except Exception as error:

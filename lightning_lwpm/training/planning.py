@@ -176,29 +176,41 @@ class Planner:
         wanted, least = wish.num_microbatches, wish.least_samples
         few, many = (candidates(wanted, of(devices), samples, least) for of in (min, max))
         seen: Probe | None = None
-        looks = []
-        for count in dict.fromkeys([few[len(few) // 2], many[-1]] if first.train else [1]):
-            probe, why = self._ask(first, count, wish.whole)
+        looks: list[Look] = []
+        for wished in dict.fromkeys([few[len(few) // 2], many[-1]] if first.train else [1]):
+            probe, why, count = self._ask(first, wished, wish.whole, wanted == "auto")
             if probe is None:
                 return None
             if why:
                 return self._learn(first, _without_pipeline(wish, why, self.mailbox.rank == 0), devices)
+            if count < wished:  # the step does not run on parts of a batch
+                looks, seen, samples = [], None, 1
             looks.append(Look((samples or 1) / count, probe.timeline, self._costs_of(first, probe, wish.whole)))
             seen = seen or replace(probe, segments=())
+            if count < wished:
+                break
         assert seen is not None
         if first.reads:
             _tell_of_derivations(first.name, seen, max(devices))
         return _Known(weakref.ref(first.module), _form(first.module), {first.name}, seen, looks, samples, wish)
 
-    def _ask(self, onlooker: Onlooker, count: int, whole: bool) -> tuple[Probe | None, str]:
-        """Rank 0 looks; the others hear what it saw, but for the segments; and why no pipeline can run it, if so."""
-        seen = onlooker.look(count) if onlooker.reads else None
+    def _ask(
+        self, onlooker: Onlooker, count: int, whole: bool, may_be_whole: bool = False
+    ) -> tuple[Probe | None, str, int]:
+        """Rank 0 looks; the others hear what it saw, but for the segments.
+
+        Returns:
+            That, why no pipeline can run it, if so, and at how many micro-batches it looked.
+        """
+        seen = None
+        if onlooker.reads:
+            seen, count = onlooker.look(count, may_be_whole)
         if seen is not None and whole:
             seen = folded(seen)  # layers may come in any order, and again: each weight is on one rank
         why = "" if whole else onlooker.unfit
         told = replace(seen, segments=()) if seen is not None else None
-        told, why = self._shared(onlooker.name, (told, why), f"the description of `{onlooker.name}`")
-        return seen if onlooker.reads else told, why
+        told, why, count = self._shared(onlooker.name, (told, why, count), f"the description of `{onlooker.name}`")
+        return seen if onlooker.reads else told, why, count
 
     def _costs_of(self, onlooker: Onlooker, seen: Probe, whole: bool) -> Costs:
         if self.costs == "estimated" or whole:

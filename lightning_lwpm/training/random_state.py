@@ -15,7 +15,7 @@ from lightning_lwpm.pipeline.engine import Engine
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.randomness import TorchRandom, drawn_from
 
-__all__ = ["KEY", "after", "generators", "put_back", "put_generators", "random_states", "streams"]
+__all__ = ["KEY", "after", "generators", "put_back", "put_generators", "random_states", "same_generators", "streams"]
 
 KEY = "random_states"
 _MOST = 4096
@@ -51,6 +51,13 @@ def put_generators(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(words), more))
     name, words, *numbers = state["numpy"]
     numpy.random.set_state((name, words.numpy().astype("uint32"), *numbers))
+
+
+def same_generators(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether those of the host are in the same place."""
+    tensors = [(one["torch"], other["torch"]), (one["numpy"][1], other["numpy"][1])]
+    numbers = one["python"] == other["python"] and one["numpy"][2:] == other["numpy"][2:]
+    return bool(numbers) and all(torch.equal(here, there) for here, there in tensors)
 
 
 def after(first: Mapping[str, Any], start: Mapping[str, Any], end: Mapping[str, Any]) -> Mapping[str, Any]:

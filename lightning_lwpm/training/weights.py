@@ -14,6 +14,7 @@ from lightning_lwpm.staging.placeholder import LEFT, is_placeholder
 from lightning_lwpm.staging.placement import named_tensors, place
 from lightning_lwpm.state.merge import merge_checkpoint
 from lightning_lwpm.state.tree import replaced
+from lightning_lwpm.training.stored import tell_stored
 
 __all__ = ["Holders", "copies", "gather", "holders", "merged_copy", "move", "to_host"]
 
@@ -150,6 +151,7 @@ def gather(
         everywhere: Whether all of them are to have it; otherwise rank 0 has, and the others keep their share.
         optimizers: Optimizers that hold the model's parameters; each keeps the states of its rank's share.
     """
+    tell_stored(mailbox, key, module, layout)
     ranks = layout.ranks
     owners = {name: ranks[where[-1]] for name, where in [*layout.parameters.items(), *layout.buffers.items()]}
     for name, tensor in named_tensors(module):

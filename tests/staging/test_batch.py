@@ -69,3 +69,55 @@ def test_signatures_tell_sizes_structures_do_not() -> None:
     assert batch.structure() == other.structure()
     assert batch.signature(0) != batch.signature(1)
     assert batch.signature(1) == other.signature(0)
+
+
+def shapes(value: Any) -> Any:
+    """The same with shapes in the place of tensors."""
+    if isinstance(value, dict):
+        return {key: shapes(item) for key, item in value.items()}
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else [shapes(item) for item in value]
+
+
+def boxes(*numbers: int) -> list[torch.Tensor]:
+    return [torch.zeros(number, 4) for number in numbers]
+
+
+def test_items_of_lists_keep_their_size_even_if_it_is_that_of_the_batch() -> None:
+    """One image of four had four boxes: the list went whole to every micro-batch, its boxes in parts."""
+    value = {"image": torch.zeros(4, 3, 8, 8), "boxes": boxes(1, 4, 2, 5), "names": list("abcd")}
+    batch = Batch.of(value, 2)
+    first, second = (batch.microbatch(i) for i in (0, 1))
+    assert (shapes(first["boxes"]), first["names"]) == ([(1, 4), (4, 4)], ["a", "b"])
+    assert (shapes(second["boxes"]), second["names"]) == ([(2, 4), (5, 4)], ["c", "d"])
+    assert batch.signature(0) != batch.signature(1)
+
+
+def test_lists_of_images_are_split_by_images_not_by_channels() -> None:
+    images = [torch.zeros(3, 8 + i, 8) for i in range(4)]
+    targets = [{"boxes": box, "labels": torch.zeros(len(box))} for box in boxes(1, 3, 2, 4)]
+    batch = Batch.of((images, targets), 2)
+    assert (batch.samples, len(batch)) == (4, 2)
+    images, targets = batch.microbatch(1)
+    assert shapes(images) == [(3, 10, 8), (3, 11, 8)]
+    assert shapes(targets) == [{"boxes": (2, 4), "labels": (2,)}, {"boxes": (4, 4), "labels": (4,)}]
+    assert Batch.of((images[:1], targets[:1]), 2).samples == 1
+    assert Batch.of((boxes(3, 3, 3, 3), torch.zeros(4)), 2).samples == 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ([torch.zeros(2, 5), torch.zeros(2, 5)], torch.zeros(2)),  # two views of two samples, or two samples of two
+        {"labelled": boxes(8, 8), "unlabelled": boxes(16, 16)},
+        {"image": torch.zeros(2, 3, 8, 8), "boxes": boxes(2, 2)},
+    ],
+)
+def test_what_may_be_read_in_two_ways_stays_whole(value: Any) -> None:
+    batch = Batch.of(value, 2)
+    assert len(batch) == 1
+    assert shapes(batch.microbatch(0)) == shapes(value)
+
+
+def test_views_in_lists_are_split() -> None:
+    views, labels = Batch.of((boxes(6, 6), torch.zeros(6)), 2).microbatch(0)
+    assert (shapes(views), labels.shape) == ([(3, 4), (3, 4)], (3,))

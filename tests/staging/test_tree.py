@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributions import Independent, Normal
 
 from lightning_lwpm.staging.tree import flatten, map_tensors, portable, tensors, unflatten
 
@@ -79,6 +80,46 @@ def test_dataclasses_are_copied_with_all_they_hold() -> None:
     assert state.x.tolist() == [0, 0]
     spec = portable(flatten(state, []))
     assert spec[1][0].x is None, "the shell that is sent holds no tensors"
+
+
+class Checked:
+    """A field that checks what is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return instance.__dict__[self.name] if instance is not None else None
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        assert value is None or value.dim() == 1
+        instance.__dict__[self.name] = value
+
+
+@dataclass
+class Picky:
+    """As the batches of some projects are."""
+
+    x: Tensor = Checked()  # type: ignore[assignment]
+
+
+def test_fields_that_check_what_is_set_take_placeholders() -> None:
+    value = Picky(torch.zeros(2))
+    spec = flatten(value, [])
+    assert unflatten(spec, iter(["anything"])).x == "anything"
+    assert value.x.tolist() == [0, 0]
+    with pytest.raises(AttributeError):
+        value.x = "anything"  # type: ignore[assignment]
+
+
+def test_distributions() -> None:
+    """A layer returned one, and to other ranks it was an object of an unknown class."""
+    value = Independent(Normal(torch.zeros(2, 3), torch.ones(2, 3)), 1)
+    leaves: list[Tensor] = []
+    spec = pickle.loads(pickle.dumps(portable(flatten(value, leaves))))
+    new = unflatten(spec, iter([leaf + 1 for leaf in leaves]))
+    assert (new.mean.tolist(), new.event_shape) == ([[1.0] * 3] * 2, (3,))
+    assert value.mean.tolist() == [[0.0] * 3] * 2
 
 
 def test_mappings_with_their_own_class() -> None:

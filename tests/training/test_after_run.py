@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import threading
+import warnings
 from typing import Any
 
 import lightning as L
@@ -138,3 +139,88 @@ def test_trainers_one_after_another_leave_nothing(runs: Runs) -> None:
     for found, held in runs.on(2, folds):
         same(expected, found)
         assert all(last <= second for second, last in zip(held[1], held[3], strict=True)), held
+
+
+class Anchors(L.LightningModule):
+    """A layer keeps tensors on itself, and makes them anew of what it has kept, as detectors do with anchors.
+
+    Code between layers notes something in a buffer, as mixtures of experts do.
+    """
+
+    class Layer(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 6)
+            self.anchors = [torch.ones(6), torch.ones(6)]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.anchors = [anchor.to(x.dtype) * 1 for anchor in self.anchors]
+            return super().forward(x) * self.anchors[0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([self.Layer() for _ in range(4)])
+        self.register_buffer("load", torch.zeros(6))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0]
+        for number, layer in enumerate(self.layers):
+            x = x + layer(x)
+            if number == 0 and self.training:
+                self.load = 0.9 * self.load + 0.1 * x.detach().mean(0)
+        self.log("loss", x.square().mean())
+        return x.square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def anchored(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, trainer = Anchors(), L.Trainer(**kwargs, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, train_loader(32), val_loader())
+        # a run of evaluation has one stage a rank, so it is cut elsewhere
+        found = trainer.validate(module, val_loader(), verbose=False)
+    told = [str(entry.message) for entry in caught if "anchors" in str(entry.message)]
+    return found, weights(module), [layer.anchors for layer in module.layers], told
+
+
+def test_what_layers_have_stored_is_there_after_a_run(runs: Runs) -> None:
+    """A rank that ran a layer first in the next run found a tensor of another rank's micro-batch, which had ended."""
+    one = runs.one(anchored, 2)
+    for found in runs.on(2, anchored, 2, schedule="interleaved_1f1b"):
+        same(one, found)
+    for found in runs.on(2, anchored, 2, partition=["layers.2"]):
+        same(one, found)
+
+
+class Bare(Anchors):
+    """Normalisation without weights between layers, as in heads of self-supervised learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(6, affine=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = self.norm(self.layers[0](batch[0]))
+        for layer in self.layers[1:]:
+            x = x + layer(x)
+        return x.square().mean()
+
+    validation_step = training_step
+
+
+def bare(kwargs: dict[str, Any]) -> Any:
+    L.seed_everything(5)
+    module, trainer = Bare(), L.Trainer(**kwargs, max_epochs=1)
+    trainer.fit(module, train_loader(32), val_loader())
+    return weights(module)
+
+
+def test_statistics_of_normalisation_without_weights(runs: Runs) -> None:
+    """Torch counts no change of them, so they were taken for constants, and rank 0 kept those of the beginning."""
+    for found in runs.on(2, bare, 1, partition=["layers.2"]):
+        same(runs.one(bare), found)

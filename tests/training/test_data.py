@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader, move_data_to_device
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    get_worker_info,
+)
 from training.modules import Classifier, Recorder, data, train_loader, val_loader
 from training.runs import Runs, metrics, same, weights
 
@@ -145,6 +154,42 @@ class Plain:
 
 def plain_iterable(kwargs: dict[str, Any]) -> Any:
     return fit(kwargs, seeded(), Plain(), Plain(2))
+
+
+class Evaluating(Seeing):
+    """Has a layer that only evaluation uses, so that its first batch is looked at too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(6, 6)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return super().validation_step((self.extra(batch[0]), batch[1]), batch_idx)
+
+
+def batches_by_sampler(kwargs: dict[str, Any]) -> Any:
+    """A sampler gives whole batches; what its first one draws was not drawn, so later epochs had another order."""
+
+    def loader() -> DataLoader:
+        return DataLoader(data(36), batch_size=None, sampler=BatchSampler(RandomSampler(range(36)), 8, False))
+
+    return fit(kwargs, seeded(Evaluating), loader(), loader(), num_sanity_val_steps=0)
+
+
+class Several(DataLoader):
+    """Reads several loaders: what it says of its dataset is not what it gives."""
+
+    def __init__(self, *loaders: DataLoader) -> None:
+        super().__init__(loaders[0])  # type: ignore[arg-type]
+        self.loaders = loaders
+
+    def __iter__(self) -> Any:
+        for pairs in zip(*self.loaders, strict=False):
+            yield [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+
+
+def several_in_one(kwargs: dict[str, Any]) -> Any:
+    return fit(kwargs, seeded(), Several(train_loader(16, 4), train_loader(36, 4)), val_loader())
 
 
 class Combined(Seeing):
@@ -490,6 +535,8 @@ SCENARIOS = [
     augmentation_in_workers,
     stream_in_workers,
     plain_iterable,
+    batches_by_sampler,
+    several_in_one,
     combined_min_size,
     combined_max_size,
     combined_max_size_cycle,

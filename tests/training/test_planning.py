@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,60 @@ def test_batch_normalisation_gets_no_single_sample(runs: Runs) -> None:
     """Also in the last batch, of 5 samples."""
     sizes, _ = runs.on(2, batchwise, "auto", partition=["blocks.2"])
     assert sum(sizes) == 13 and min(sizes) >= 2
+
+
+class Packed(Classifier):
+    """Takes sequences end to end, and where each of them ends, or a pair of lists with one item a sample."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        rows, ends, labels = batch
+        if isinstance(rows, list):
+            out = self(nn.utils.rnn.pad_sequence(rows, batch_first=True)).mean(1)
+            labels = torch.stack([label["class"] for label in labels])
+        else:
+            numbers = torch.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
+            out = torch.zeros(len(ends), 3).index_add(0, numbers, self(rows))
+        loss = nn.functional.cross_entropy(out, labels)
+        self.log("loss", loss, batch_size=len(labels))
+        return loss
+
+
+def sequences(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(2 + index % 3, 6, generator=generator), torch.tensor(index % 3)
+
+
+def packed(kwargs: dict[str, Any], lists: bool = False) -> dict[str, Any]:
+    def collate(samples: Any) -> Any:
+        rows, labels = zip(*samples, strict=True)
+        if lists:
+            return list(rows), None, [{"class": label} for label in labels]
+        return torch.cat(rows), torch.tensor([len(row) for row in rows]).cumsum(0), torch.stack(labels)
+
+    L.seed_everything(5)
+    module, trainer = Packed(), L.Trainer(**kwargs, max_epochs=1, limit_val_batches=0)
+    loader: Any = DataLoader([sequences(i) for i in range(16)], 8, collate_fn=collate)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader)
+    told = [str(entry.message) for entry in caught if "whole" in str(entry.message)]
+    return {"weights": weights(module), "loss": trainer.callback_metrics["loss"], "told": told}
+
+
+def in_lists(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return packed(kwargs, lists=True)
+
+
+def test_batches_whose_samples_cannot_be_told_apart_stay_whole(runs: Runs) -> None:
+    """A part of the nodes of a graph, with all its edges, made an error in the user's step, or another number."""
+    one, many = runs.one(packed), runs.on(2, packed, "auto")  # type: ignore[arg-type]
+    assert "(8,) seems to number rows of others" in many[0]["told"][0]
+    assert "so batches stay whole" in many[0]["told"][0].lower()
+    for found in many:
+        same({**one, "told": []}, {**found, "told": []})
+
+
+def test_lists_of_samples_are_split(runs: Runs) -> None:
+    one = runs.one(in_lists, 4)
+    for found in runs.on(2, in_lists, 4):
+        same(one, found)

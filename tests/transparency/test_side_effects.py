@@ -80,3 +80,22 @@ def test_code_that_only_one_rank_runs_is_noticed(pool: Pool) -> None:
     outcomes = pool.outcomes(2, train_pipelined, build, lopsided, batches(), 4, "1f1b", partition, sgd)
     assert all("took another path on different ranks" in value[1] for ok, value in outcomes if not ok)
     assert not any(ok for ok, _ in outcomes)
+
+
+def test_modules_that_are_imported_in_a_step_do_not_count(pool: Pool) -> None:
+    """Rank 0 has looked at the step, and imported what it imports; what that calls on others shifted their names."""
+
+    def importing(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        import os
+
+        h = model[0](batch)
+        if os.environ.get("RANK") == "1":
+            torch.zeros(3), torch.device("cpu")  # as the first line of many modules
+        h = torch.tanh(h) + 1
+        return model[2](model[1](h)).square().mean()
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+
+    expected = train_single(build, importing, batches(), 4, sgd)
+    compare(expected, pool.run(2, train_pipelined, build, importing, batches(), 4, "1f1b", ["2"], sgd))
