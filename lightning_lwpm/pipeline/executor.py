@@ -14,13 +14,14 @@ from lightning_lwpm.pipeline.postings import Postings
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.times import Times
 from lightning_lwpm.staging.deferral import Deferral
+from lightning_lwpm.staging.ghost import Peers
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.modes import Modes
 from lightning_lwpm.staging.onward import EvaluatedStep
 from lightning_lwpm.staging.randomness import TorchRandom, python_random, seed_python
 from lightning_lwpm.staging.recompute import Recompute
-from lightning_lwpm.staging.step import Peers, StagedStep
+from lightning_lwpm.staging.step import StagedStep
 from lightning_lwpm.staging.versions import Versions
 
 __all__ = ["Executor"]

@@ -23,12 +23,13 @@ from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.pipeline.wire import from_wire, to_wire
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Layout
+from lightning_lwpm.staging.others import Made
 from lightning_lwpm.staging.placement import named_tensors
 from lightning_lwpm.staging.randomness import TorchRandom, put_python, python_state
 from lightning_lwpm.staging.recompute import Recompute
 from lightning_lwpm.staging.record import Key, Record, Trace, version
 from lightning_lwpm.staging.remote import Meta, Name, Remote
-from lightning_lwpm.staging.whole import Made, WholeStep
+from lightning_lwpm.staging.whole import WholeStep
 
 __all__ = ["Whole"]
 

@@ -12,7 +12,7 @@ ran it has published; so a ghost call is one look-up, and no layer is ever run o
 
 import sys
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +24,27 @@ from lightning_lwpm.staging.beside import Attributes
 from lightning_lwpm.staging.compiled import AsWritten
 from lightning_lwpm.staging.deferral import deferring
 from lightning_lwpm.staging.functions import ASKING, BACKWARD, HOOKS, RANDOM, VALUES
+from lightning_lwpm.staging.ghost import NoHandle, Peers, like
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layer_random import LayerRandom
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.staging.placeholder import Placeholder
 from lightning_lwpm.staging.reach import Reach
-from lightning_lwpm.staging.record import Key, Record, Trace, observe, version
+from lightning_lwpm.staging.record import Key, Trace, observe, version
 from lightning_lwpm.staging.reentrant import not_reentrant
-from lightning_lwpm.staging.remote import Name, Remote, asked, is_metadata, localise
+from lightning_lwpm.staging.remote import Remote, asked, is_metadata, localise
 from lightning_lwpm.staging.sites import Site, step_runner
 from lightning_lwpm.staging.transforms import check_transforms
 from lightning_lwpm.staging.tree import flatten, map_tensors, tensors, unflatten
 from lightning_lwpm.staging.ways import check_way
 
-__all__ = ["Peers", "StageExit", "StagedStep"]
+__all__ = ["StageExit", "StagedStep"]
 
 _CHECKPOINT = CheckpointFunction.forward.__code__.co_filename
 
 
 class StageExit(BaseException):
     """Leaves the user's step at the first layer call of a later stage. Not an ``Exception``: user code lets it pass."""
-
-
-class Peers(Protocol):
-    """What a staged step asks of the other stages."""
-
-    def record(self, stage: int, key: Key) -> Record:
-        """What the call ``key`` of an earlier stage returned."""
-
-    def value(self, remote: Remote) -> Tensor:
-        """The data of a remote tensor, joined to this stage's autograd graph."""
 
 
 class StagedStep(TorchFunctionMode):
@@ -264,7 +255,7 @@ class StagedStep(TorchFunctionMode):
             args, kwargs = map_tensors(localise, (args, kwargs))
             return func(*args, **kwargs)
         if func in HOOKS:
-            return _NoHandle()
+            return NoHandle()
         replay = lambda: func(*map_tensors(localise, args), **map_tensors(localise, kwargs))  # noqa: E731
         # what a gradient shares memory with is made of a graph that is not here
         return self._ghost(key, _called(func), arguments, replay if func is not torch.autograd.grad else None)
@@ -306,34 +297,7 @@ class StagedStep(TorchFunctionMode):
                 f"{self.at}: the step took another path on different ranks. Code between layers must do the same on "
                 "every rank; put what only one rank does (`if self.trainer.is_global_zero: ...`) after the last layer."
             )
-        for i, meta in record.mutated:
-            changed = arguments[i]
-            if type(changed) is not Remote:
-                if isinstance(changed, Placeholder | nn.Parameter):
-                    continue
-                if replay is not None:
-                    return replay()  # a local tensor is written: it needs the values
-                source = Remote(meta, self.device, Name(*key, -1 - i), self.at, self)
-                values = source.materialise()
-                with torch.set_grad_enabled(meta.requires_grad and torch.is_grad_enabled()):
-                    changed.copy_(values)  # joins it to the graph, as the layer has done
-                continue
-            if changed.base is None:
-                changed.label, changed.stage, changed.local = Name(*key, -1 - i), self.at, None
-                changed.meta = meta
-        out: list[Any] = []
-        for i, leaf in enumerate(record.leaves):
-            if leaf.same >= 0:
-                out.append(arguments[leaf.same])
-                continue
-            new = Remote(leaf.meta, self.device, Name(*key, i), self.at, self)
-            if leaf.view >= 0 and type(arguments[leaf.view]) is Remote:
-                if replay is None:
-                    new.shared = True
-                else:
-                    new.base, new.replay = arguments[leaf.view], _Replay(replay, i)  # type: ignore[assignment]
-            out.append(new)
-        return unflatten(record.spec, iter(out))
+        return like(record, key, self.at, arguments, replay, self.device, self)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -383,22 +347,3 @@ class StagedStep(TorchFunctionMode):
 
 def _called(func: Any) -> str:
     return getattr(func, "__name__", "") or type(func).__name__
-
-
-class _Replay:
-    """Makes the i-th tensor of a view function's result from materialised arguments."""
-
-    def __init__(self, function: Callable[[], Any], leaf: int) -> None:
-        self.function, self.leaf = function, leaf
-
-    def __call__(self) -> Tensor:
-        out: list[Tensor] = []
-        flatten(self.function(), out)
-        return out[self.leaf]
-
-
-class _NoHandle:
-    """The handle of a hook that was registered on another stage's tensor."""
-
-    def remove(self) -> None:
-        """Nothing to remove here."""

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from lightning_lwpm.staging.beside import Attributes, Objects
 from lightning_lwpm.staging.functions import HOOKS, RANDOM, VALUES
 from lightning_lwpm.staging.intercept import Interception
 from lightning_lwpm.staging.layout import Unit
+from lightning_lwpm.staging.others import Made, Others
 from lightning_lwpm.staging.placeholder import is_placeholder
-from lightning_lwpm.staging.record import Key, Record, observe, version
+from lightning_lwpm.staging.record import Key, observe, version
 from lightning_lwpm.staging.remote import Meta, Name, Remote, asked, is_metadata
 from lightning_lwpm.staging.sites import Site
 from lightning_lwpm.staging.step import StagedStep
@@ -36,41 +37,10 @@ from lightning_lwpm.staging.transforms import check_transforms
 from lightning_lwpm.staging.tree import map_tensors, tensors
 from lightning_lwpm.staging.ways import arrival_of, check_way
 
-__all__ = ["Made", "Others", "WholeStep"]
+__all__ = ["WholeStep"]
 
 _TAKEN_UP = Name("loss", -1, 0, 0)
 """Of what was made outside of the step."""
-
-
-class Made(NamedTuple):
-    """A tensor that a call of this rank returned or changed."""
-
-    tensor: Tensor
-    name: Name
-    segment: int
-    version: int
-
-
-class Others(Protocol):
-    """What a whole step asks of the other ranks."""
-
-    def record(self, stage: int, key: Key) -> Record:
-        """What the call ``key`` in the present segment of another stage returned."""
-
-    def value(self, remote: Remote) -> Tensor:
-        """The data of a remote tensor, joined to the graph of the present segment."""
-
-    def know(self, name: Name, value: Tensor, meta: Meta) -> None:
-        """The data of a tensor of another stage is here."""
-
-    def joined(self, made: Made) -> Tensor:
-        """A tensor of an earlier segment of this rank, joined to the graph of the present one."""
-
-    def turn(self, stage: int) -> None:
-        """End the present segment, and begin one of a stage."""
-
-    def backward(self, loss: Tensor, gradient: Tensor | None, retain_graph: bool) -> None:
-        """Run the backward pass through all segments."""
 
 
 class WholeStep(StagedStep):
