@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lwpm.errors import ConfigurationError
 from lightning_lwpm.partition.plan import PartitionPlan
-from lightning_lwpm.partition.units import human_bytes, human_seconds
+from lightning_lwpm.partition.units import counted, human_bytes, human_seconds
 from lightning_lwpm.picture import picture
 
 if TYPE_CHECKING:
@@ -232,10 +232,6 @@ def _figure(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
 def _shortened(name: str) -> str:
     half = (_NAME - 1) // 2
     return name if len(name) <= _NAME else f"{name[:half]}…{name[-half:]}"
@@ -243,13 +239,13 @@ def _shortened(name: str) -> str:
 
 def _headline(plan: PartitionPlan) -> str:
     told = plan.prediction
-    text = f"{_counted(len(plan.stages), 'stage', 'stages')} on {_counted(plan.num_ranks, 'device', 'devices')}"
+    text = f"{counted(len(plan.stages), 'stage', 'stages')} on {counted(plan.num_ranks, 'device', 'devices')}"
     if told is None:
         return text
     source = "" if told.measured else ", estimated from FLOPs"
     schedule = f", {told.schedule}" if told.schedule else ""
     return (
-        f"{text}, {_counted(told.num_microbatches, 'micro-batch', 'micro-batches')}{schedule}: "
+        f"{text}, {counted(told.num_microbatches, 'micro-batch', 'micro-batches')}{schedule}: "
         f"expected {human_seconds(told.step_seconds)} a batch, bubble {told.bubble:.0%}{source}"
     )
 

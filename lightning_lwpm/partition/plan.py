@@ -23,7 +23,7 @@ from lightning_lwpm.partition.cuts import ancestors, find_cuts, label
 from lightning_lwpm.partition.memory import Memory
 from lightning_lwpm.partition.merge import merge
 from lightning_lwpm.partition.timeline import Timeline
-from lightning_lwpm.partition.units import human, human_bytes, human_seconds
+from lightning_lwpm.partition.units import counted, human, human_bytes, human_seconds
 
 __all__ = ["PartitionPlan", "Prediction", "StagePlan", "make_plan"]
 
@@ -214,8 +214,9 @@ class PartitionPlan:
         calls = sum(len(stage.calls) for stage in self.stages)
         guessed = calls - told.measured
         source = f" {guessed} of {calls} layer calls are estimated from FLOPs." if guessed else ""
+        expected = human_seconds(told.step_seconds)
         return (
-            f"{told.num_microbatches} micro-batches, {told.schedule}: expected {human_seconds(told.step_seconds)} a "
+            f"{counted(told.num_microbatches, 'micro-batch', 'micro-batches')}, {told.schedule}: expected {expected} a "
             f"batch without the optimizer, bubble {told.bubble:.0%}.{source}{' ' if late else ''}{late}"
         )
 

@@ -1,6 +1,6 @@
 """Numbers for people: ``3.2 M``, ``5.0 MiB``, ``12.5 ms``."""
 
-__all__ = ["human", "human_bytes", "human_seconds"]
+__all__ = ["counted", "human", "human_bytes", "human_seconds"]
 
 
 def human(value: float) -> str:
@@ -29,3 +29,8 @@ def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
         value /= base
         text = f"{value:.1f} {unit}"
     return text.strip()
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {one if number == 1 else many}"

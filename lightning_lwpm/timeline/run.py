@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_lwpm.partition.plan import PartitionPlan, Prediction
-from lightning_lwpm.partition.units import human_seconds
+from lightning_lwpm.partition.units import counted, human_seconds
 from lightning_lwpm.pipeline.schedule import Action
 from lightning_lwpm.pipeline.simulate import simulate
 from lightning_lwpm.timeline.spans import COMPUTE, Panel, Span, bubble, busy, planned
@@ -70,7 +70,8 @@ def _planned(plan: PartitionPlan, begins: dict[int, float], work: float) -> Pane
             spans.append(replace(span, begin=at, end=at + span.seconds * stretch, batch=batch))
     source = "" if told.measured else " (from FLOPs, as long as measured)"
     title = (
-        f"Planned: {told.schedule}, {told.num_microbatches} micro-batches, {human_seconds(step * stretch)} "
+        f"Planned: {told.schedule}, {counted(told.num_microbatches, 'micro-batch', 'micro-batches')}, "
+        f"{human_seconds(step * stretch)} "
         f"each{source}, bubble {told.bubble:.0%}"
     )
     return Panel(title, tuple(spans), plan.ranks, plan.num_ranks)
