@@ -60,6 +60,11 @@ class Course:
             if setting in self._before and not _same(self._before[setting], holder[setting[-1]]):
                 holder[setting[-1]] = self._before[setting]
 
+    def follow(self, changes: Mapping[Setting, Any]) -> None:
+        """Have what rank 0 has set since :meth:`watch`, and nothing that this rank has set by itself."""
+        self.back()
+        self.adopt(changes)
+
     def adopt(self, changes: Mapping[Setting, Any]) -> None:
         """Set what rank 0 has set."""
         for setting, holder in self._settings():

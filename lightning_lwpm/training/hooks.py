@@ -14,7 +14,6 @@ What all ranks read: see ``together``.
 A hook on the module is replaced on the instance, for the time between ``setup`` and ``teardown``.
 """
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,11 +24,11 @@ from lightning.pytorch.callbacks import BaseFinetuning, BasePredictionWriter, Th
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from lightning_lwpm.pipeline.mailbox import Mailbox
 from lightning_lwpm.staging.layout import Unit
 from lightning_lwpm.training.alone import Alone
+from lightning_lwpm.training.before_callbacks import BeforeCallbacks
 from lightning_lwpm.training.checks import BEFORE_STEPS, looks_at_gradients, users
 from lightning_lwpm.training.course import Limits
 from lightning_lwpm.training.data import Feed
@@ -104,7 +103,7 @@ class Hooks:
         self.alone, self.settings = Alone(mailbox, module, holders), Settings(module, trainer)
         self.module, self.trainer, self.mailbox = module, trainer, mailbox
         self.real = mailbox.rank == 0
-        self._before_callbacks = _BeforeCallbacks(self)
+        self._before_callbacks = BeforeCallbacks(self)
         self.limits = Limits(trainer)
         self._example: Example | None = None
         self._turn = 0
@@ -230,8 +229,7 @@ class Hooks:
         stop, changes = self._from_rank_0("course", here, "what a hook of rank 0 sets")
         trainer.should_stop = trainer.should_stop or stop
         if not self.real:
-            course.back()
-            course.adopt(changes)
+            course.follow(changes)
         return out
 
     def _from_rank_0(self, kind: str, value: Any, what: str) -> Any:
@@ -334,46 +332,6 @@ class Hooks:
 def _by_itself(read: Iterator[Any] | None) -> Iterator[Any]:
     """Rank 0 alone reads data."""
     return read or iter(())
-
-
-class _BeforeCallbacks(Callback):
-    """The first of all callbacks: those after it find the same metrics on every rank."""
-
-    def __init__(self, hooks: Hooks) -> None:
-        self.hooks = hooks
-
-    @override
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.draw_unread()
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.limits.check()
-        self.hooks.show_example()
-        self.hooks.before_data()
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.share_epoch()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.settings.watch()
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.settings.watch()
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.share_epoch()
-
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.hooks.share_epoch()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.copy(self)
 
 
 _filter_on_optimizer = BaseFinetuning.filter_on_optimizer

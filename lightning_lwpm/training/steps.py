@@ -228,8 +228,7 @@ class Steps:
                 "step", self._turn, what
             )
             assert self.hooks is not None
-            self._course.back()
-            self._course.adopt(course)
+            self._course.follow(course)
             self.hooks.settings.attributes.adopt(changes, step=True)
             out = move_data_to_device(out, self.engine.device)
         self.termination.agreed = ending

@@ -168,8 +168,7 @@ class Together:
         trainer = self.module.trainer
         trainer.should_stop = trainer.should_stop or any(stop for stop, _ in ends.values())
         if 0 in ends:
-            self._course.back()
-            self._course.adopt(ends[0][1])
+            self._course.follow(ends[0][1])
 
     def _kept(self, lacking: Sequence[frozenset[Path]], checkpoint: Any) -> tuple[dict[str, Tensor], Holders]:
         """What is kept beside the model and not whole on every rank, by name, and who holds what, weights included."""
